@@ -1,0 +1,315 @@
+"""The command line. Each command imports what it needs, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner.errors import DriftError, InterruptedRun, PreconditionError, RecipeError, RunnerError
+
+if TYPE_CHECKING:
+    from runner.engine.plan import Planned
+
+EXIT_CODES = """\
+exit codes:
+  0   done, or nothing to do
+  1   the run or a check failed
+  2   wrong usage, or a mistake in the recipe
+  3   something is missing: a file, a package, disk space
+  4   another apply is at work (apply --no-wait)
+  5   something would change (plan --check)
+  75  interrupted; state saved, the same command continues
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; its exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    level = logging.DEBUG if options.debug else logging.WARNING
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(name)s: %(message)s")
+    try:
+        command: Callable[[argparse.Namespace], int] = options.command
+        code = command(options)
+        sys.stdout.flush()
+        return code
+    except RunnerError as error:
+        if options.debug:
+            logging.getLogger("runner").exception("the error below was raised here")
+        _report(error.message, error.hint, error.exit_code, as_json=options.json)
+        return error.exit_code
+    except ModuleNotFoundError as error:
+        if options.debug or (error.name or "runner").startswith("runner"):
+            raise
+        what = f"this command needs the Python package {error.name}"
+        code = PreconditionError.exit_code
+        _report(what, "pip install 'runner[all]'", code, as_json=options.json)
+        return code
+    except KeyboardInterrupt:
+        _report("interrupted", "", InterruptedRun.exit_code, as_json=options.json)
+        return InterruptedRun.exit_code
+    except BrokenPipeError:
+        # The reader (`head`, say) has what it wanted; Python must not complain when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if options.debug:
+            raise
+        what = f"a bug in runner: {type(error).__name__}: {error}"
+        hint = "run the same command with --debug and report what it prints"
+        _report(what, hint, 1, as_json=options.json)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="runner",
+        description="Turns your own conversations into a language model, as a recipe says.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], help: str, *, recipe: bool = True
+    ) -> argparse.ArgumentParser:
+        found = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        found.set_defaults(command=run)
+        if recipe:
+            found.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe, *.yaml")
+            found.add_argument(
+                "--workspace", type=Path, metavar="DIR", help="folder that its paths start from"
+            )
+        found.add_argument("--json", action="store_true", help="print JSON for programs")
+        found.add_argument("--debug", action="store_true", help="log more, show tracebacks")
+        return found
+
+    new = command("init", _init, "write a first recipe and the folder for its data", recipe=False)
+    new.add_argument("name", nargs="?", default="my-style", help="what to call it")
+    command("validate", _validate, "check a recipe and report every mistake with its line")
+    plan = command("plan", _plan, "say what apply would do, and why")
+    plan.add_argument("--check", action="store_true", help="exit 5 when something would run")
+    apply = command("apply", _apply, "run what is not known already")
+    apply.add_argument(
+        "--no-wait", action="store_true", help="exit 4 when another apply is at work"
+    )
+    cat = command("cat", _cat, "print what a stage made, as JSON lines")
+    cat.add_argument("stage", metavar="STAGE", help="the stage's name")
+    cat.add_argument("--rejected", action="store_const", dest="view", const="rejected", default="")
+    cat.add_argument("--replies", action="store_const", dest="view", const="replies")
+    preview = command("preview", _preview, "show which tokens carry loss, and how much")
+    preview.add_argument("-n", type=int, default=3, metavar="N", help="examples to show (3)")
+    chat = command("chat", _chat, "talk with the exported model")
+    chat.add_argument("--gguf", metavar="LEVEL", help="which export, q4_k_m say; else the smallest")
+    chat.add_argument("--base", action="store_true", help="talk with the untrained model")
+    chat.add_argument("--once", metavar="PROMPT", help="one reply, then end")
+    chat.add_argument(
+        "--compare",
+        type=int,
+        metavar="N",
+        help="answers of base and tuned model to N held-out prompts, side by side",
+    )
+    chat.add_argument(
+        "--max-tokens", type=int, default=256, metavar="N", help="longest reply (256)"
+    )
+    command("status", _status, "say what was made last, from what, and how large it is")
+    schema = command("schema", _schema, "print the JSON Schema of recipes", recipe=False)
+    schema.add_argument("--write", type=Path, metavar="FILE", help="write it there instead")
+    return parser
+
+
+def _report(message: str, hint: str, exit_code: int, *, as_json: bool) -> None:
+    from runner.engine.words import escaped
+
+    if as_json:
+        print(json.dumps({"error": message, "hint": hint, "exit_code": exit_code}))
+        return
+    lines = [*message.splitlines(), *(f"  {line}" for line in hint.splitlines())]
+    for number, line in enumerate(lines):
+        print(f"{'' if number else 'runner: '}{escaped(line)}", file=sys.stderr)
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def _init(options: argparse.Namespace) -> int:
+    from runner.ui import starter
+
+    made = starter.write(Path.cwd(), options.name)
+    if options.json:
+        _print_json({"written": [str(path) for path in made]})
+        return 0
+    for path in made:
+        print(f"wrote {path}")
+    print(f"Put chats into data/{options.name}/, then: runner apply {made[0]}")
+    return 0
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from runner.engine import recipe
+
+    found = recipe.compile(recipe.read_bytes(options.recipe), str(options.recipe))
+    stages = [step.name for step in found.steps]
+    if options.json:
+        _print_json({"name": found.name, "base_model": found.base_model, "stages": stages})
+    else:
+        print(f"{options.recipe} is right: {' → '.join(stages)}")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from runner.engine import execute
+
+    with execute.opened(options.recipe, options.workspace) as current:
+        planned = current.plan()
+    work = [step for step in planned if step.state != "skip"]
+    if options.json:
+        _print_json([_planned_record(step) for step in planned])
+    elif not work:
+        print("nothing to do")
+    else:
+        _print_plan(planned)
+    if work and options.check:
+        raise DriftError(f"{len(work)} stages would run", hint="run `runner apply`")
+    return 0
+
+
+def _planned_record(planned: Planned) -> dict[str, Any]:
+    causes = [{"reason": cause.reason, "text": cause.text} for cause in planned.causes]
+    return {
+        "stage": planned.step.name,
+        "state": planned.state,
+        "causes": causes,
+        "output": planned.output,
+    }
+
+
+def _print_plan(planned: Sequence[Planned]) -> None:
+    """The stages that would run, each with its causes; the others are one line."""
+    from runner.engine.words import escaped
+
+    words = {"run": "run", "maybe": "run unless nothing changes above"}
+    width = max(len(step.step.name) for step in planned)
+    for step in planned:
+        if step.state != "skip":
+            causes = escaped("; ".join(cause.text for cause in step.causes))
+            print(f"{step.step.name:{width}}  {words[step.state]}: {causes}")
+    skipped = [step.step.name for step in planned if step.state == "skip"]
+    if skipped:
+        print(f"nothing to do for {', '.join(skipped)}")
+
+
+def _apply(options: argparse.Namespace) -> int:
+    from runner.engine import execute
+
+    shown: list[Any] = []
+
+    def listen(event: dict[str, Any]) -> None:
+        if options.json:
+            _print_json(event)
+            return
+        if not shown:
+            from runner.ui import progress
+
+            shown.append(progress.view(terminal=sys.stdout.isatty()))
+        shown[0].show(event)
+
+    with execute.opened(options.recipe, options.workspace) as current:
+        try:
+            planned = execute.apply(current, listen, wait=not options.no_wait)
+        finally:
+            for view in shown:
+                view.close()
+        results = current.workspace.links(current.compiled.name)
+    did = any(step.state != "skip" for step in planned)
+    if options.json:
+        if not did:
+            _print_json({"event": "nothing_to_do", "recipe": current.compiled.name})
+    elif did:
+        print(f"done; the results are in {_near(results)}")
+    else:
+        print("nothing to do: everything is up to date")
+    return 0
+
+
+def _near(path: Path) -> Path:
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _cat(options: argparse.Namespace) -> int:
+    from runner.engine import execute
+    from runner.ui import artifacts
+
+    with execute.opened(options.recipe, options.workspace) as current:
+        step = current.compiled.step(options.stage)
+        artifact = artifacts.current(current, step)
+        for row in artifacts.rows(step, artifact, options.view):
+            print(row)
+    return 0
+
+
+def _preview(options: argparse.Namespace) -> int:
+    from runner.engine import execute
+    from runner.ui import preview
+
+    with execute.opened(options.recipe, options.workspace) as current:
+        preview.show(current, options.n, as_json=options.json, colour=_colour())
+    return 0
+
+
+def _colour() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from runner.engine import execute
+    from runner.ui import chat
+
+    if options.base and options.gguf:
+        raise RecipeError("--base and --gguf exclude each other", hint="leave one of them out")
+    if options.compare is None and options.once is None and not sys.stdin.isatty():
+        raise PreconditionError("there is no terminal to chat in", hint="use --once PROMPT")
+    with execute.opened(options.recipe, options.workspace) as current:
+        if options.compare is not None:
+            chat.compare(current, options.compare, options.gguf, options.max_tokens, options.json)
+        else:
+            model = None if options.base else chat.exported(current, options.gguf)
+            chat.talk(current, model, options.once, options.max_tokens, options.json)
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from runner.engine import execute
+    from runner.ui import status
+
+    with execute.opened(options.recipe, options.workspace) as current:
+        records = status.records(current)
+    if options.json:
+        _print_json(records)
+    else:
+        print(status.text(records))
+    return 0
+
+
+def _schema(options: argparse.Namespace) -> int:
+    from runner.engine import files
+    from runner.stages.schema import json_schema
+
+    text = json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+    if options.write:
+        files.write_whole(options.write, text.encode())
+    else:
+        sys.stdout.write(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

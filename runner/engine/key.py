@@ -1,0 +1,73 @@
+"""The key of a stage: one hash over all that decides its output, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+SCHEMA = 1
+"""Raised when keys are computed another way, which makes every stage run again."""
+
+Components = dict[str, Any]
+
+
+def components(
+    *,
+    kind: str,
+    version: int,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    sources: str | None,
+    base_model: str | None,
+    seed: int | None,
+) -> Components:
+    """What decides an output: plain data, without the parts that a stage does not have.
+
+    `settings` holds only values other than the default, so that a setting added later changes no
+    key; `inputs` the content hashes of the artifacts read; `sources` the hash of the manifest of
+    source files; `base_model` the hash of its files, or hub id and commit.
+    """
+    found: Components = {
+        "kind": kind,
+        "version": version,
+        "settings": dict(settings),
+        "inputs": dict(inputs),
+        "sources": sources,
+        "base_model": base_model,
+        "seed": seed,
+    }
+    return {name: value for name, value in found.items() if value not in (None, {})}
+
+
+def of(parts: Components) -> str:
+    """The key, 64 hex digits."""
+    return _sha256({"schema": SCHEMA, **parts})
+
+
+def of_files(hashes: Iterable[tuple[str, str]]) -> str:
+    """One hash for a set of files given as (name, SHA-256), whatever their order."""
+    return _sha256(sorted([name, sha256] for name, sha256 in hashes))
+
+
+def canonical(value: Any) -> str:
+    """One spelling for equal data: keys sorted, texts in NFC, 1 and 1.0 and "1" kept apart."""
+    return json.dumps(
+        _nfc(value), sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False
+    )
+
+
+def _nfc(value: Any) -> Any:
+    if isinstance(value, str):
+        return unicodedata.normalize("NFC", value)
+    if isinstance(value, Mapping):
+        return {_nfc(name): _nfc(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_nfc(item) for item in value]
+    return value
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(canonical(value).encode()).hexdigest()

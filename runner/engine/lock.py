@@ -1,0 +1,119 @@
+"""The lockfile beside a recipe: facts, one a line, that git can merge by taking the lines of both.
+
+A line is `- {JSON}`, so the file is a YAML list and needs no YAML parser. A fact says that a stage
+with these components (see `key`) gave this output; a pin says which commit a hub model is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runner.engine import files, key
+from runner.errors import RecipeError
+
+HEADER = (
+    "# Written by runner; commit it. Each line is a fact: this stage, made from this, gave that.\n"
+)
+CONFLICT_MARKERS = ("<<<<<<<", "=======", ">>>>>>>", "|||||||")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Stage `stage` with `parts` gave `output` (a content hash)."""
+
+    stage: str
+    output: str
+    parts: dict[str, Any] = field(hash=False)
+
+    @property
+    def key(self) -> str:
+        return key.of(self.parts)
+
+
+@dataclass(frozen=True)
+class Pin:
+    """The hub model `base_model` is this commit."""
+
+    base_model: str
+    commit: str
+
+
+@dataclass(frozen=True)
+class Lock:
+    facts: tuple[Fact, ...] = ()
+    pins: tuple[Pin, ...] = ()
+
+    def of_stage(self, name: str) -> Fact | None:
+        """The last fact of a stage; after a merge there may be several, all of them true."""
+        return next((fact for fact in reversed(self.facts) if fact.stage == name), None)
+
+    def commit_of(self, base_model: str) -> str | None:
+        return next((p.commit for p in reversed(self.pins) if p.base_model == base_model), None)
+
+
+def path_of(recipe: Path) -> Path:
+    return recipe.with_suffix(".lock")
+
+
+def read(path: Path) -> Lock:
+    """The lockfile's facts; none when there is no file. A line that is no fact is an error."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return Lock()
+    facts: list[Fact] = []
+    pins: list[Pin] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip() or line.startswith(("#", *CONFLICT_MARKERS)):
+            continue
+        record = _record(path, number, line)
+        if "commit" in record:
+            pins.append(Pin(record["base_model"], record["commit"]))
+        else:
+            parts = {k: v for k, v in record.items() if k not in ("stage", "output")}
+            facts.append(Fact(record["stage"], record["output"], parts))
+    return Lock(tuple(facts), tuple(pins))
+
+
+def text_of(lock: Lock) -> str:
+    """The exact text of the file."""
+    pins = ({"base_model": pin.base_model, "commit": pin.commit} for pin in lock.pins)
+    facts = ({"stage": f.stage, "output": f.output, **f.parts} for f in lock.facts)
+    return HEADER + "".join(f"- {_line(record)}\n" for record in (*pins, *facts))
+
+
+def write(path: Path, lock: Lock) -> None:
+    """Replaces the file whole; leaves it alone when nothing changes."""
+    text = text_of(lock).encode()
+    if not path.exists() or path.read_bytes() != text:
+        files.write_whole(path, text)
+
+
+def updated(lock: Lock, fact: Fact, stages: Iterable[str]) -> Lock:
+    """The lock with `fact` as the only one of its stage, in the order of the recipe's stages."""
+    latest = {known.stage: known for known in lock.facts} | {fact.stage: fact}
+    return Lock(tuple(latest[name] for name in stages if name in latest), lock.pins)
+
+
+def _record(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line.removeprefix("- "))
+        if isinstance(record, dict) and (
+            {"stage", "output", "kind"} <= record.keys()
+            or {"base_model", "commit"} == record.keys()
+        ):
+            return record
+    except ValueError:
+        pass
+    raise RecipeError(
+        f"{path}:{number}: this line of the lockfile is no fact",
+        hint="take the file from git again, or delete it: then everything is computed anew",
+    )
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=True, separators=(", ", ": "))

@@ -1,0 +1,208 @@
+"""From a recipe file to the plain data that the engine works on, or all of its mistakes at once.
+
+Checking a recipe needs pydantic, which alone takes half of what a run with nothing to do may take.
+So the result, a `Compiled`, is plain data that the state database keeps for a recipe's exact bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner.errors import RecipeError
+
+if TYPE_CHECKING:
+    from runner.engine.yaml12 import Document
+    from runner.stages.schema import Recipe
+    from runner.stages.stage import Stage
+
+MODELINE = "# yaml-language-server: $schema="
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage, checked, with what the engine must know of it. `inputs`: kind → stage name."""
+
+    name: str
+    kind: str
+    version: int
+    entry: dict[str, Any]
+    """All that the recipe says of it, as the stage class reads it again."""
+    settings: dict[str, Any]
+    """What goes into the key: values other than the default that decide the output."""
+    inputs: dict[str, str]
+    sources: tuple[str, ...]
+    uses_base_model: bool
+    seed: int | None
+    own_process: bool
+    rebuilds: bool
+
+
+@dataclass(frozen=True)
+class Compiled:
+    name: str
+    base_model: str | None
+    steps: tuple[Step, ...]
+
+    def step(self, name: str) -> Step:
+        """The step of that name; raises RecipeError naming those there are."""
+        from runner.engine.words import did_you_mean, shown
+
+        for step in self.steps:
+            if step.name == name:
+                return step
+        names = [step.name for step in self.steps]
+        raise RecipeError(
+            f"the recipe has no stage {shown(name)}{did_you_mean(name, names)}",
+            hint=f"its stages are {', '.join(names)}",
+        )
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, data: Mapping[str, Any]) -> Compiled:
+        steps = tuple(Step(**{**s, "sources": tuple(s["sources"])}) for s in data["steps"])
+        return cls(data["name"], data["base_model"], steps)
+
+
+class RecipeProblems(RecipeError):
+    """All that is wrong with a recipe, one `file:line: what; what to do` each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The recipe's bytes, or a sentence on why there are none."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        hint = "check the path, or make a recipe with `runner init`"
+        raise RecipeError(f"there is no recipe {path}", hint=hint) from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path} is a folder", hint="name the recipe file in it") from None
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def compile(data: bytes, name: str) -> Compiled:
+    """The recipe in `data`, checked; raises RecipeError with every problem and its line."""
+    from runner.engine import yaml12
+
+    document = yaml12.load(data, name=name)
+    if document.data is None:
+        raise RecipeError(
+            f"{name}: the recipe is empty", hint="make one with `runner init`, or see the README"
+        )
+    recipe = _checked(document, name)
+    return Compiled(recipe.name, recipe.base_model, tuple(_steps(recipe, document, name)))
+
+
+def _checked(document: Document, name: str) -> Recipe:
+    from pydantic import ValidationError
+
+    from runner.engine.problems import sentences
+    from runner.stages.schema import Recipe
+
+    try:
+        # Through JSON, because only there strict types still take a list where a tuple is wanted.
+        return Recipe.model_validate_json(json.dumps(document.data), strict=True)
+    except ValidationError as error:
+        raise RecipeProblems(sentences(error, document, name)) from None
+
+
+def _steps(recipe: Recipe, document: Document, name: str) -> Iterable[Step]:
+    """Each stage with its inputs found; raises all that does not fit together."""
+    from runner.engine.words import did_you_mean, shown
+
+    problems: list[str] = []
+
+    def problem(index: int, text: str) -> None:
+        line = document.lines.get(("stages", index), 1)
+        problems.append(f"{name}:{line}: {text}")
+
+    above: dict[str, tuple[Stage, dict[str, str]]] = {}
+    steps: list[Step] = []
+    for index, stage in enumerate(recipe.stages):
+        kind = stage.kind()
+        own_name = stage.name or kind
+        if own_name in above:
+            problem(index, f"a second stage is called {shown(own_name)}; give it a `name:`")
+            continue
+        if stage.input and stage.input not in above:
+            near = did_you_mean(stage.input, above)
+            problem(index, f"no stage above is called {shown(stage.input)}{near}")
+            continue
+        if stage.uses_base_model and recipe.base_model is None:
+            problem(index, f"{own_name} needs a model; add `base_model:` to the recipe")
+        inputs, missing = _inputs(stage, above)
+        for wanted in missing:
+            makers = " or ".join(_makers(wanted))
+            problem(index, f"{own_name} needs {wanted}; put a stage {makers} above it")
+        above[own_name] = stage, inputs
+        steps.append(
+            Step(
+                name=own_name,
+                kind=kind,
+                version=stage.version,
+                entry=stage.model_dump(mode="json", exclude_unset=True),
+                settings=stage.model_dump(
+                    mode="json",
+                    exclude_defaults=True,
+                    exclude={"stage", "name", "input", *stage.outside_key},
+                ),
+                inputs=inputs,
+                sources=stage.source_patterns(),
+                uses_base_model=stage.uses_base_model,
+                seed=recipe.seed if stage.uses_seed else None,
+                own_process=stage.own_process,
+                rebuilds=stage.rebuilds,
+            )
+        )
+    if problems:
+        raise RecipeProblems(problems)
+    return steps
+
+
+def _inputs(
+    stage: Stage, above: Mapping[str, tuple[Stage, dict[str, str]]]
+) -> tuple[dict[str, str], list[str]]:
+    """For each kind that the stage reads, the stage to read from; and the kinds nobody makes.
+
+    The first kind comes from `input:` or the nearest stage above. The others come from the
+    stages that it was made from, where these make them, so that a split is never read beside
+    conversations that it was not made of; else from the nearest above.
+    """
+    inputs: dict[str, str] = {}
+    missing: list[str] = []
+    for kind in stage.reads:
+        candidates = [*_lineage(inputs.values(), above), *reversed(list(above))]
+        if stage.input and above[stage.input][0].writes in stage.reads and not inputs:
+            candidates.insert(0, stage.input)
+        found = next((name for name in candidates if above[name][0].writes == kind), None)
+        if found is None:
+            missing.append(kind)
+        else:
+            inputs[kind] = found
+    return inputs, missing
+
+
+def _lineage(names: Iterable[str], above: Mapping[str, tuple[Stage, dict[str, str]]]) -> list[str]:
+    """The stages and all that they were made from, nearest first."""
+    found: list[str] = []
+    level = list(names)
+    while level:
+        found += level
+        level = [parent for name in level for parent in above[name][1].values()]
+    return found
+
+
+def _makers(kind: str) -> list[str]:
+    from runner.stages import STAGES
+
+    return [name for name, stage in STAGES.items() if stage.writes == kind]

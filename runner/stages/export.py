@@ -1,0 +1,65 @@
+"""Writes the model in the forms people use: adapter, merged safetensors, GGUF files, Modelfile."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from runner.stages.stage import Dirs, Metrics, Stage
+
+Level = Literal["f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"]
+
+
+class Export(Stage):
+    """Write the trained model as files to keep, to share and to open elsewhere."""
+
+    stage: Literal["export"]
+    adapter: bool = True
+    """The adapter alone, in PEFT's layout (for lora and qlora)."""
+    merged: bool = True
+    """The whole model as safetensors, in the layout of Hugging Face."""
+    gguf: tuple[Level, ...] = ("q4_k_m",)
+    """GGUF files for llama.cpp, LM Studio, KoboldCpp and Ollama, by quantisation level."""
+    ollama: bool = False
+    """A Modelfile for `ollama create`, for the smallest of the GGUF files."""
+    context_tokens: Annotated[int, Field(ge=16)] = 2048
+    """The context length that the Modelfile asks for."""
+    system: str | None = None
+    """The system prompt that the Modelfile sets."""
+
+    reads = ("model",)
+    writes = "export"
+    uses_base_model = True
+    own_process = True
+
+    def run(self, dirs: Dirs) -> Metrics:
+        from runner.model import export, load
+
+        export.write(
+            base=load.base_folder(dirs.base, dirs.cache),
+            model=dirs.inputs["model"],
+            output=dirs.output,
+            name=dirs.recipe,
+            adapter=self.adapter,
+            merged=self.merged,
+            levels=self.gguf,
+            modelfile=self.ollama,
+            context_tokens=self.context_tokens,
+            system=self.system,
+            emit=dirs.emit,
+        )
+        return {
+            f"{path.name}_bytes": path.stat().st_size for path in sorted(dirs.output.glob("*.gguf"))
+        }
+
+    def rows(self, artifact: Path, view: str) -> Iterator[str]:
+        for path in sorted(p for p in artifact.rglob("*") if p.is_file()):
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            name = path.relative_to(artifact).as_posix()
+            yield json.dumps({"path": name, "bytes": path.stat().st_size, "sha256": sha256})

@@ -1,0 +1,33 @@
+"""What a recipe may say: a name, a base model, and the list of stages."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from runner.stages import AnyStage
+from runner.stages.stage import NAME, Settings
+
+
+class Recipe(Settings):
+    """A recipe: what to make a model from, stage by stage."""
+
+    name: Annotated[str, Field(pattern=NAME)]
+    """What the model is called; also the folder of its results, `artifacts/<name>`."""
+    base_model: Annotated[str, Field(min_length=1)] | None = None
+    """The model to start from: folder, .gguf file, package:NAME/FILE, or owner/name of the hub."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 17
+    """Where all randomness comes from; the same seed gives the same order and the same start."""
+    stages: Annotated[tuple[AnyStage, ...], Field(min_length=1)]
+    """What is done, from top to bottom; a recipe may stop after any stage."""
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema that editors check and complete recipes with."""
+    schema = Recipe.model_json_schema()
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": "recipe.schema.json",
+        **schema,
+    }

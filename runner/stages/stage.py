@@ -1,0 +1,98 @@
+"""What every stage has: settings that check themselves, and folders to read from and write to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Event = dict[str, Any]
+Metrics = dict[str, float | int | str]
+Kind = Literal["conversations", "chains", "split", "tokens", "model", "report", "export"]
+
+NAME = r"^[^\W_][\w.-]{0,63}$"
+
+
+class Settings(BaseModel):
+    """Base of every settings class: unknown keys refused, values never changed, types strict."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file as it was when the run was planned: where it is, its name in records, its SHA-256."""
+
+    path: Path
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Dirs:
+    """All that a stage may touch. `scratch` survives an interrupted run of the same key."""
+
+    inputs: Mapping[str, Path]
+    output: Path
+    scratch: Path
+    cache: Path
+    sources: tuple[SourceFile, ...]
+    base_model: Path | None
+    recipe: str
+    seed: int
+    emit: Callable[[Event], None]
+
+    @property
+    def base(self) -> Path:
+        assert self.base_model is not None, "the engine gives a base to each stage that uses one"
+        return self.base_model
+
+
+class Stage(Settings):
+    """One entry of a recipe. Its fields are its settings; `run` does the work.
+
+    `version` goes into the key: raise it when the same settings and inputs give another output.
+    """
+
+    name: str = Field(default="", pattern=NAME)
+    """What other stages call this one; only needed when two stages are of one kind."""
+    input: str = ""
+    """The name of the stage to read from, where the nearest above is not the one."""
+
+    version: ClassVar[int] = 1
+    reads: ClassVar[tuple[Kind, ...]] = ()
+    writes: ClassVar[Kind]
+    uses_base_model: ClassVar[bool] = False
+    uses_seed: ClassVar[bool] = False
+    own_process: ClassVar[bool] = False
+    """Imports torch, so it runs in a child process."""
+    rebuilds: ClassVar[bool] = True
+    """Gives the same bytes again; a training does not, so its result is kept as a fact."""
+    outside_key: ClassVar[tuple[str, ...]] = ()
+    """Settings that do not decide the output, or that the key holds in another form."""
+    shows: ClassVar[Mapping[str, str]] = {}
+    """For `runner cat`: view → the JSON Lines file in the artifact; "" is the plain view."""
+
+    def run(self, dirs: Dirs) -> Metrics:
+        """Does the work, from `dirs.inputs` into `dirs.output`; numbers that sum it up."""
+        raise NotImplementedError
+
+    @classmethod
+    def kind(cls) -> str:
+        """The word by which a recipe names it, from its tag `stage: Literal[…]`."""
+        return str(get_args(cls.model_fields["stage"].annotation)[0])
+
+    def source_patterns(self) -> tuple[str, ...]:
+        """Files, folders and globs that this stage reads from the workspace."""
+        return ()
+
+    def rows(self, artifact: Path, view: str) -> Iterator[str]:
+        """The artifact as JSON lines, without line ends."""
+        with (artifact / self.shows[view]).open(encoding="utf-8", newline="\n") as lines:
+            for line in lines:
+                yield line.rstrip("\n")

@@ -1,0 +1,46 @@
+"""Turns chains into token ids, each with the weight of its loss, as the base model reads text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from runner.stages.stage import Dirs, Metrics, Stage
+
+
+class Tokenize(Stage):
+    """Encode the windows with the base model's tokenizer and chat template."""
+
+    stage: Literal["tokenize"]
+    max_tokens: Annotated[int, Field(ge=16, le=1_000_000)] = 2048
+    """The longest example, in tokens."""
+    overflow: Literal["rebase", "drop", "fail"] = "rebase"
+    """What to do with a longer one: start anew at a later turn, leave it out, or stop."""
+
+    reads = ("split", "conversations")
+    writes = "tokens"
+    uses_base_model = True
+    own_process = True
+
+    def run(self, dirs: Dirs) -> Metrics:
+        from runner.model import load, tokens
+
+        return tokens.write(
+            base=load.base_folder(dirs.base, dirs.cache),
+            conversations=dirs.inputs["conversations"] / "conversations.jsonl",
+            chains=dirs.inputs["split"] / "chains.jsonl",
+            output=dirs.output,
+            max_tokens=self.max_tokens,
+            overflow=self.overflow,
+            progress=lambda done, total: dirs.emit(
+                {"event": "progress", "done": done, "total": total, "unit": "conversations"}
+            ),
+        )
+
+    def rows(self, artifact: Path, view: str) -> Iterator[str]:
+        from runner.model import tokens
+
+        return tokens.json_lines(artifact)

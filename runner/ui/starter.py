@@ -1,0 +1,59 @@
+"""What `runner init` writes: a recipe to begin with, the schema for editors, a folder for chats."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from runner.engine import files
+from runner.engine.recipe import MODELINE
+from runner.errors import RecipeError
+from runner.stages.schema import json_schema
+from runner.stages.stage import NAME
+
+RECIPE = """\
+{modeline}../schemas/recipe.schema.json
+name: {name}
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct  # owner/name of the hub, a folder, or a .gguf file
+stages:
+  - stage: ingest
+    sources: [data/{name}]     # chat exports and instruction data: files, folders, globs
+  - stage: window
+  - stage: split
+  - stage: tokenize
+  - stage: train
+  - stage: evaluate
+  - stage: export
+    gguf: [q4_k_m]
+"""
+IGNORED = "/artifacts/\n"
+MERGED = "*.lock merge=union\n"
+
+
+def write(folder: Path, name: str) -> list[Path]:
+    """Writes what is not there yet; an existing recipe is never touched. The recipe comes first."""
+    if not re.match(NAME, name):
+        raise RecipeError(
+            f"{name!r} cannot be a recipe's name",
+            hint="use letters, digits, `.`, `_` and `-`, starting with a letter or digit",
+        )
+    recipe = folder / "recipes" / f"{name}.yaml"
+    if recipe.exists():
+        raise RecipeError(f"{recipe} is there already", hint="give another name, or edit it")
+    schema = folder / "schemas" / "recipe.schema.json"
+    data = folder / "data" / name
+    for path in (recipe.parent, schema.parent, data):
+        path.mkdir(parents=True, exist_ok=True)
+    written = [recipe]
+    files.write_whole(recipe, RECIPE.format(modeline=MODELINE, name=name).encode())
+    if not schema.exists():
+        files.write_whole(schema, (json.dumps(json_schema(), indent=2) + "\n").encode())
+        written.append(schema)
+    for path, line in ((folder / ".gitignore", IGNORED), (folder / ".gitattributes", MERGED)):
+        before = path.read_text() if path.exists() else ""
+        if line not in before:
+            gap = "" if not before or before.endswith("\n") else "\n"
+            files.write_whole(path, (before + gap + line).encode())
+            written.append(path)
+    return written
