@@ -1,4 +1,4 @@
-"""Every error the runner raises on purpose: one sentence of what is wrong, one of what to do, and an exit code.
+"""Every error the runner raises on purpose: what is wrong, what to do, and an exit code.
 
     RunnerError              1  the run or a check failed
     ├── RecipeError          2  the recipe, or the command line, cannot be understood

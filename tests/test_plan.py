@@ -44,8 +44,9 @@ def test_new_changed_and_removed_files_are_named(tmp_path: Path) -> None:
     recipe = make(tmp_path)
     apply(recipe)
     chat(tmp_path / "chats" / "new.json", "hello", "there")
-    assert states(recipe) == {"ingest": "run", "window": "run", "split": "run"}
+    assert states(recipe) == {"ingest": "run", "window": "maybe", "split": "maybe"}
     assert causes(recipe, "ingest") == ["1 file added: chats/new.json"]
+    assert causes(recipe, "window") == ["ingest runs first"]
     chat(tmp_path / "chats" / "chat-0.json", "other", "words")
     (tmp_path / "chats" / "chat-1.json").unlink()
     assert causes(recipe, "ingest") == [

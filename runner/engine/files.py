@@ -44,7 +44,7 @@ def publish(staged: Path, final: Path) -> None:
 def point(link: Path, target: Path) -> None:
     """Makes `link` lead to the folder `target`, atomically where the system has symbolic links."""
     relative = os.path.relpath(target, link.parent)
-    if link.is_symlink() and os.readlink(link) == relative:
+    if link.is_symlink() and str(link.readlink()) == relative:
         return
     link.parent.mkdir(parents=True, exist_ok=True)
     beside = link.with_name(f".{link.name}.{os.getpid()}.tmp")

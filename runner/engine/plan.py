@@ -1,4 +1,4 @@
-"""What an apply would do and why, decided from hashes alone: it reads, and writes only its cache."""
+"""What an apply would do and why, decided from hashes alone; it writes nothing but its cache."""
 
 from __future__ import annotations
 
@@ -104,11 +104,11 @@ def decide(step: Step, above: Mapping[str, Planned], world: World) -> Planned:
         causes = [cause for cause in changed if cause.reason != "input"]
         if unpinned:
             causes.append(Cause("not pinned", "the hub decides which commit the base model is"))
-        for name in dict.fromkeys(unknown):
-            causes.append(Cause("upstream runs", f"{name} runs first"))
-        certain = len(causes) > len(unknown) or any(
-            not above[name].step.rebuilds or above[name].state == "run" for name in unknown
+        # What is only rebuilt may come out as it was; a new training gives a new model.
+        certain = bool(causes) or any(
+            above[name].state == "run" and not above[name].step.rebuilds for name in unknown
         )
+        causes += [Cause("upstream runs", f"{name} runs first") for name in dict.fromkeys(unknown)]
         state: Literal["run", "maybe"] = "run" if certain else "maybe"
         return Planned(step, state, tuple(causes), None, None, files)
 
@@ -123,7 +123,8 @@ def decide(step: Step, above: Mapping[str, Planned], world: World) -> Planned:
         cause = Cause("output missing", text)
         foreseen = outputs[0] if step.rebuilds else None
         return Planned(step, "run", (cause,), parts, foreseen, files)
-    return Planned(step, "run", changed, parts, None, files)
+    text = "what it made last is not known any more"
+    return Planned(step, "run", changed or (Cause("never run", text),), parts, None, files)
 
 
 def known_outputs(stage_key: str, world: World) -> list[str]:
@@ -156,7 +157,7 @@ def why(
         causes.append(Cause("seed", f"seed {then.get('seed')} → {now.get('seed')}"))
     if (then["kind"], then["version"]) != (now["kind"], now["version"]):
         causes.append(Cause("stage version", "this version of the runner does it differently"))
-    return tuple(causes) or (Cause("never run", "it has not run with these inputs yet"),)
+    return tuple(causes)
 
 
 def source_files(step: Step, world: World) -> tuple[SourceFile, ...]:

@@ -1,4 +1,4 @@
-"""What the workspace remembers to be fast: file hashes, facts, manifests, compiled recipes (SQLite).
+"""What the workspace remembers to be fast: file hashes, facts, manifests, checked recipes.
 
 Deleting it costs time and nothing else, except that a training whose lockfile line is gone too is
 not found again.
@@ -73,7 +73,7 @@ class State:
         found: dict[Path, str] = {}
         fresh: list[tuple[Any, ...]] = []
         for path in paths:
-            signature = _signature(os.stat(path))
+            signature = _signature(path.stat())
             before = known.get(str(path))
             if trust_stat and before is not None and before[:4] == signature:
                 found[path] = before[4]

@@ -2,7 +2,8 @@
 
 PyYAML supplies the events; the nodes are ours, because its composer recurses, goes by YAML 1.1 and
 stops at the first mistake. The price is `yaml_syntax`: its parser's errors in our words. Without
-its C parser a load takes twenty times as long, and the worst megabyte more than a second.
+its C parser a load takes five times as long, the worst megabyte about a second, and a tab between
+words is refused.
 """
 
 from __future__ import annotations
@@ -160,13 +161,17 @@ def _decoded(text: bytes, problems: _Problems) -> str:
     try:
         decoded = text.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
     except UnicodeDecodeError as error:
-        line = 1 + len(_LINE_END.findall(text[: error.start].decode("utf-8")))
+        line = _lines_of(text[: error.start].decode("utf-8"))
         problems.stop(line, f"byte 0x{text[error.start]:02x} is not UTF-8; save the file as UTF-8")
     if _INVISIBLE.search(decoded) or re.search(r"(^|\r)%", decoded, re.MULTILINE):
         for line, row in enumerate(_LINE_END.split(decoded), start=1):
             _check_row(row, line, problems)
         problems.raise_if_any()
     return decoded
+
+
+def _lines_of(text: str) -> int:
+    return text.count("\n") + text.count("\r") - text.count("\r\n") + 1
 
 
 def _check_row(row: str, line: int, problems: _Problems) -> None:
@@ -227,8 +232,10 @@ class _Composer:
     def root(self, text: str) -> _Child:
         """The graph of the one document in `text`."""
         documents = 0
+        last_line = _lines_of(text.rstrip())
         for event in self._events(text):
-            line = event.start_mark.line + 1
+            # At the end of the file the parser counts one line more than there is.
+            line = min(event.start_mark.line + 1, last_line)
             match event:
                 case yaml.ScalarEvent():
                     node = _Node(line, self._value(event, line), characters=len(event.value))
@@ -254,11 +261,12 @@ class _Composer:
         try:
             yield from yaml.parse(text, Loader=PARSER)
         except yaml.MarkedYAMLError as error:
-            self._problems.stop(*yaml_syntax.explained(error, _LINE_END.split(text)))
+            innermost = self._levels[-1].node.line if self._levels else 1
+            self._problems.stop(*yaml_syntax.explained(error, _LINE_END.split(text), innermost))
         except (ValueError, OverflowError):
             # PyYAML's Python parser gives the number of "\UFFFFFFFF" to chr() unchecked.
             found = _NO_CHARACTER.search(text)
-            line = 1 + len(_LINE_END.findall(text[: found.start()] if found else ""))
+            line = _lines_of(text[: found.start()] if found else "")
             self._problems.stop(line, "this escape names no character; double the backslash")
 
     def _open(self, event: Any, node: _Node, kind: str) -> None:

@@ -11,17 +11,22 @@ import yaml
 from runner.engine.words import escaped, shown
 
 
-def explained(error: yaml.MarkedYAMLError, rows: Sequence[str]) -> tuple[int, str]:
-    """The 1-based line to look at in `rows`, and `what; what to do`."""
+def explained(error: yaml.MarkedYAMLError, rows: Sequence[str], innermost: int) -> tuple[int, str]:
+    """The 1-based line to look at, and `what; what to do`.
+
+    `rows` are the file's, `innermost` is the line of the list or mapping that is being read.
+    """
     said = f"{error.context or ''}: {error.problem or ''}"
     at = error.problem_mark or error.context_mark
     start = error.context_mark or at
     if at is None or start is None:
         return 1, f"this is not YAML ({escaped(said)}); check the quotes and brackets"
+    if "node content" in said and not "".join(rows[at.line : at.line + 1])[at.column :].strip():
+        return innermost, "the '[' or '{' that opens here is never closed; close it"
     row = rows[at.line] if at.line < len(rows) else ""
     if "tab character" in said or re.match(r" *\t", row):
         return at.line + 1, "a tab indents this line; indent with spaces"
-    if "parsing a block" in said and row[: at.column].strip(" -"):
+    if re.search("block (mapping|collection)", said) and row[: at.column].strip(" -"):
         return at.line + 1, _GOES_ON
     for pattern, is_at_start, sentence in _SENTENCES:
         if re.search(pattern, said):
