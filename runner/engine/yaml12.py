@@ -148,7 +148,7 @@ class _Problems:
 _LINE_END: Final = re.compile(r"\r\n?|\n")
 # What YAML calls not printable, marks of byte order, and the three line ends that YAML 1.2 gave up.
 _INVISIBLE: Final = re.compile(
-    "[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]"
 )
 _DIRECTIVE: Final = re.compile(r"%(?!YAML[ \t]+1\.2[ \t]*(#|$))")
 
@@ -232,7 +232,7 @@ class _Composer:
     def root(self, text: str) -> _Child:
         """The graph of the one document in `text`."""
         documents = 0
-        last_line = _lines_of(text.rstrip())
+        last_line = _lines_of(text.rstrip(" \t\r\n"))
         for event in self._events(text):
             # At the end of the file the parser counts one line more than there is.
             line = min(event.start_mark.line + 1, last_line)
@@ -262,7 +262,9 @@ class _Composer:
             yield from yaml.parse(text, Loader=PARSER)
         except yaml.MarkedYAMLError as error:
             innermost = self._levels[-1].node.line if self._levels else 1
-            self._problems.stop(*yaml_syntax.explained(error, _LINE_END.split(text), innermost))
+            rows = _LINE_END.split(text)
+            line, sentence = yaml_syntax.explained(error, rows, innermost)
+            self._problems.stop(min(line, len(rows)), sentence)
         except (ValueError, OverflowError):
             # PyYAML's Python parser gives the number of "\UFFFFFFFF" to chr() unchecked.
             found = _NO_CHARACTER.search(text)
@@ -342,7 +344,7 @@ class _Composer:
         before = level.node.value.get(key)
         if before is None:
             level.node.value[key] = _Child(child.line, child.node, level.key_line)
-        elif key != _REFUSED_KEY:
+        elif key != _REFUSED:
             sentence = f"{shown(key)} is already on line {before.key_line}; keep one of the two"
             self._problems.add(level.key_line, sentence)
 
@@ -359,18 +361,18 @@ class _Composer:
             )
         else:
             return value
-        return _REFUSED_KEY
+        return _REFUSED
 
     def _value(self, event: Any, line: int) -> Any:
-        """What a scalar event stands for; one that is refused is reported, and empty."""
+        """What a scalar event stands for; one that is refused is reported."""
         if event.tag not in _SCALAR_TAGS:
             self._refuse_tag(event.tag, line)
-            return ""
+            return _REFUSED
         try:
             return _typed(event.value, event.tag, _is_plain(event))
         except ValueError as error:
             self._problems.add(line, str(error))
-            return ""
+            return _REFUSED
 
     def _refuse_tag(self, tag: str, line: int) -> None:
         word = tag.replace(_CORE, "!!")
@@ -389,7 +391,7 @@ _SCALAR_TAGS: Final[Mapping[str | None, type]] = {
 }
 _TOO_DEEP: Final = f"more than {DEPTH_MAX} lists and mappings inside each other; make it flatter"
 _NO_CHARACTER: Final = re.compile(r"\\U(?!00(0|10))[0-9a-fA-F]{8}")
-_REFUSED_KEY: Final = "\0"
+_REFUSED: Final = "\0"  # stands for what was reported, and cannot be written
 # NUL ends a path in the system's eyes; half a surrogate pair cannot be written as UTF-8.
 _NEVER_TEXT: Final = re.compile("[\0\ud800-\udfff]")
 

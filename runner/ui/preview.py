@@ -45,7 +45,7 @@ def painted(shown: Sequence[dict[str, Any]], *, colour: bool) -> str:
     begin, end = (GREEN, PLAIN) if colour else ("⟦", "⟧")
     parts = []
     for weight, stretch in groupby(shown, key=lambda token: token["weight"]):
-        lines = "".join(token["text"] for token in stretch).split("\n")
+        lines = "".join(token["token"] for token in stretch).split("\n")
         text = "\n".join(escaped(line) for line in lines)
         factor = "" if weight in (0, 1) else f"×{weight:g}"
         parts.append(f"{begin}{text}{end}{factor}" if weight else text)
