@@ -1,0 +1,253 @@
+"""Opens base models and tokenizers: folders in Hugging Face layout, and GGUF files made into one.
+
+Nothing here runs code from a model repository, and no pickle is ever opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from tokenizers import pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from transformers.integrations.gguf.reader import read_gguf_metadata
+from transformers.utils import logging as transformers_logging
+
+from runner.errors import PreconditionError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Device = Literal["cuda", "mps", "cpu"]
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def base_folder(source: Path, cache: Path) -> Path:
+    """The folder that holds the base model: `source` itself, or what its GGUF was converted to."""
+    if source.is_dir():
+        _check_folder(source)
+        return source
+    if source.is_file() and source.suffix.lower() == ".gguf":
+        return _converted(source, cache)
+    raise PreconditionError(
+        f"the base model {source} is neither a folder nor a .gguf file",
+        hint="give a folder with config.json, tokenizer files and *.safetensors, or a .gguf file",
+    )
+
+
+def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, as its files say."""
+    with _quiet():
+        return cast(
+            PreTrainedTokenizerBase,
+            AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
+        )
+
+
+def causal_lm(
+    folder: Path, *, dtype: Dtype, four_bit: bool = False, device: str
+) -> PreTrainedModel:
+    """The model of a folder; `four_bit` holds its linear weights in NF4, and computes in `dtype`.
+
+    QLoRA (Dettmers et al., 2023, arXiv:2305.14314), section 3: NF4 with double quantisation.
+    """
+    compute_dtype: torch.dtype = getattr(torch, dtype)
+    quantisation = None
+    if four_bit:
+        if device.startswith("mps"):
+            raise PreconditionError(
+                "4-bit weights need CUDA or a CPU; this run would be on mps",
+                hint="use `method: lora`, or run on the CPU",
+            )
+        quantisation = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype,
+        )
+    with _quiet():
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=compute_dtype,
+            quantization_config=quantisation,
+            device_map={"": device},
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    return model
+
+
+def device() -> Device:
+    """The best device that this machine has."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise PreconditionError(
+            f"the base model {folder} has no config.json",
+            hint="give the folder that holds config.json, tokenizer files and *.safetensors",
+        )
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for kind in _PICKLES for path in folder.glob(kind))
+        found = f"only {pickles[0]}, a pickle" if pickles else "no weights"
+        raise PreconditionError(
+            f"the base model {folder} has no *.safetensors, {found}",
+            hint="a pickle can run any code, so it is never opened; take a safetensors variant of "
+            "the model",
+        )
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(name for name in named if not (folder / name).is_file())
+        if missing:
+            raise PreconditionError(
+                f"the base model {folder} lacks {missing[0]} ({len(missing)} of {len(named)} "
+                "weight files)",
+                hint="finish the download of the model",
+            )
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise PreconditionError(
+            f"the base model {folder} has no tokenizer files",
+            hint=f"one of {', '.join(_TOKENIZER_FILES)} has to be beside config.json",
+        )
+
+
+def _converted(source: Path, cache: Path) -> Path:
+    """The folder made of a GGUF file, from the cache where it was made before."""
+    with source.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = cache / f"{digest[:16]}-bf16"
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    staged = cache / f".{folder.name}.{os.getpid()}.partial"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir()
+    try:
+        _convert(source, staged)
+        _sync(staged)
+        try:
+            staged.rename(folder)
+        except OSError:
+            # Another process was first; what it made is the same.
+            if not folder.is_dir():
+                raise
+        else:
+            _sync_folder(cache)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return folder
+
+
+def _convert(source: Path, folder: Path) -> None:
+    # The reader of GGUF draws a bar that transformers' own switch does not reach.
+    with _quiet(), redirect_stderr(io.StringIO()):
+        read = _gguf_tokenizer(source)
+        quantised = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, dtype=torch.bfloat16, local_files_only=True
+        )
+        config = quantised.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        # Built without memory: each weight is then taken over from the one that was read.
+        with torch.device("meta"):
+            plain = type(quantised)(config)
+        plain.load_state_dict(quantised.state_dict(), assign=True)
+        plain.tie_weights()
+        plain.generation_config = quantised.generation_config
+        plain.save_pretrained(folder)
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions:
+            read.model_max_length = positions
+        read.save_pretrained(folder)
+
+
+# What `tokenizer.ggml.pre` stands for in llama.cpp, src/llama-vocab.cpp, where transformers 5.23
+# leaves it out: each digit by itself, then GPT-2's pattern; or GPT-2's pattern alone.
+_DIGITS_APART = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "minerva-7b"})
+_AS_GPT2 = frozenset({"gpt-2", "mpt", "olmo", "jais", "trillion"})
+
+
+def _gguf_tokenizer(source: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer inside a GGUF file, split as the model was trained."""
+    metadata, _ = read_gguf_metadata(str(source))
+    read = cast(
+        PreTrainedTokenizerBase,
+        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True),
+    )
+    if metadata.get("tokenizer.ggml.model") != "gpt2":
+        return read
+    split = metadata.get("tokenizer.ggml.pre")
+    if split in _DIGITS_APART:
+        read.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+    elif split not in _AS_GPT2 and split not in GGUF_PRE_TOKENIZER_SPLITS:
+        raise PreconditionError(
+            f"{source.name} splits text in a way that is not known here: tokenizer.ggml.pre is "
+            f"{split!r}",
+            hint="use the model's folder with safetensors; a wrong split would train on tokens "
+            "that the model has never seen",
+        )
+    return read
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, and no advice from libraries; their errors still come through."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    # On a CPU it recommends a package that would download a kernel from the hub.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
