@@ -18,7 +18,7 @@ install: .venv/.installed
 
 demo: install
 	$(BIN)/runner apply recipes/quickstart.yaml
-	$(BIN)/runner chat recipes/quickstart.yaml --gguf q4_k_m --compare 3
+	$(BIN)/runner chat recipes/quickstart.yaml --gguf q4_k_m --compare 3 --max-tokens 100
 
 check: install
 	$(BIN)/ruff check .

@@ -300,12 +300,12 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _schema(options: argparse.Namespace) -> int:
-    from runner.engine import files
+    from runner import disk
     from runner.stages.schema import json_schema
 
     text = json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
     if options.write:
-        files.write_whole(options.write, text.encode())
+        disk.write_whole(options.write, text.encode())
     else:
         sys.stdout.write(text)
     return 0

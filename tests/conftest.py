@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import tempfile
 from importlib import metadata
 from pathlib import Path
@@ -25,3 +27,29 @@ def smollm2(smollm2_gguf: Path) -> Path:
     from runner.model import load
 
     return load.base_folder(smollm2_gguf, Path(tempfile.gettempdir()) / "runner-test-models")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers with SmolLM2's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=json.loads((smollm2 / "config.json").read_text())["vocab_size"],
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    for pattern in ("tokenizer*", "chat_template*", "special_tokens*"):
+        for file in smollm2.glob(pattern):
+            shutil.copy(file, folder)
+    return folder

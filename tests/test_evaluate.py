@@ -46,8 +46,9 @@ def test_the_verdict_is_in_words() -> None:
         "it kept what it knew: loss on general text 3.000 → 3.150 (+5.0%)",
     ]
     worse = report(measured("no", eval_loss=2.5, retention=4.0))
-    assert list(verdicts(worse, 0.1))[0].startswith("the model did not learn")
-    assert list(verdicts(worse, 0.1))[2].startswith("it forgot: ")
+    first, _, last = verdicts(worse, 0.1)
+    assert first.startswith("the model did not learn")
+    assert last.startswith("it forgot: ")
 
 
 def test_too_few_replies_that_keep_a_rule_fail_the_run() -> None:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.engine import files
+from runner import disk
 from runner.ui import preview, progress, words
 
 
@@ -18,6 +18,11 @@ def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
 )
 def test_sizes_have_a_unit(count: int, text: str) -> None:
     assert words.size(count) == text
+
+
+def test_metrics_leave_out_what_there_is_none_of() -> None:
+    values = {"files": 1200, "rejected": 0, "eval_loss": 2.34567, "q4_k_m_bytes": 105_453_920}
+    assert words.metrics(values) == "files 1,200, eval loss 2.346, q4_k_m 105.5 MB"
 
 
 def test_a_preview_marks_what_is_learned() -> None:
@@ -73,4 +78,4 @@ def test_the_size_of_a_folder_is_that_of_its_files(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "a").write_bytes(b"123")
     (tmp_path / "b").write_bytes(b"45")
-    assert files.size(tmp_path) == 5
+    assert disk.size(tmp_path) == 5

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
+
+from runner import disk
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
@@ -77,10 +78,11 @@ def write_metrics_csv(log: Path, output: Path) -> bool:
     rows = [event for event in read(log) if event["event"] == "metrics"]
     if not rows:
         return False
-    beside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    with beside.open("w", encoding="utf-8", newline="") as file:
+    with (
+        disk.being_written(output) as beside,
+        beside.open("w", encoding="utf-8", newline="") as file,
+    ):
         table = csv.DictWriter(file, METRIC_COLUMNS, extrasaction="ignore")
         table.writeheader()
         table.writerows(rows)
-    beside.replace(output)
     return True

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.engine import events, files, key, lock, plan, recipe, store, worker, workspace
+from runner import disk
+from runner.engine import events, key, lock, plan, recipe, store, worker, workspace
 from runner.engine.recipe import Compiled, Step
 from runner.engine.state import State
 from runner.engine.workspace import Workspace
@@ -34,7 +35,7 @@ from runner.errors import (
 from runner.model import source
 
 CODES: dict[int, type[RunnerError]] = {
-    kind.exit_code: kind for kind in (PreconditionError, RecipeError, RunnerError)
+    kind.exit_code: kind for kind in (InterruptedRun, PreconditionError, RecipeError, RunnerError)
 }
 REPLANS = 3
 """How often a run plans again because sources changed while they were read."""
@@ -97,7 +98,7 @@ def apply(
     with _locked(current.workspace, wait, listen):
         planned = current.plan()  # another apply may have done it meanwhile
         if any(step.state != "skip" for step in planned):
-            files.remove(current.workspace.staging)
+            disk.remove(current.workspace.staging)
             _run(current, listen)
         return planned
 
@@ -207,8 +208,8 @@ def _stage(
         finished = plan.Planned(step, "skip", (), planned.parts, output, planned.sources)
         _commit(current, finished)
     except OSError as error:
-        raise worker.disk_full(error, space.artifacts) from error
-    files.remove(scratch)
+        raise disk.full(error, space.artifacts) or error from error
+    disk.remove(scratch)
     log.add(
         {
             "event": "stage_finished",
@@ -230,7 +231,7 @@ def _commit(current: Opened, planned: plan.Planned) -> None:
     names = [step.name for step in current.compiled.steps]
     lock.write(current.lock_path, lock.updated(locked, fact, names))
     link = current.workspace.links(current.compiled.name) / planned.step.name
-    files.point(link, store.path_of(current.workspace, planned.output))
+    disk.point(link, store.path_of(current.workspace, planned.output))
 
 
 def _settle(current: Opened, planned: tuple[plan.Planned, ...]) -> None:
@@ -242,7 +243,7 @@ def _settle(current: Opened, planned: tuple[plan.Planned, ...]) -> None:
     lock.write(current.lock_path, lock.Lock(facts, locked.pins))
     folder = current.workspace.links(current.compiled.name)
     for step in planned:
-        files.point(folder / step.step.name, store.path_of(current.workspace, step.output or ""))
+        disk.point(folder / step.step.name, store.path_of(current.workspace, step.output or ""))
 
 
 def _pin(current: Opened) -> None:
@@ -286,41 +287,37 @@ def _in_child(
         ) as child,
     ):
         assert child.stdin is not None
+        assert child.stdout is not None
         with contextlib.suppress(BrokenPipeError), child.stdin as stdin:
             stdin.write(worker.as_json(job).encode())
-        for event in _events_of(child):
-            if event["event"] == "result":
-                result = event["metrics"]
-            elif event["event"] == "error":
-                error = event
-            else:
-                emit(event)
+        # The child is in a session of its own: ctrl-C reaches it through us, whatever we are at.
+        asked_to_stop = False
+        while True:
+            try:
+                line = child.stdout.readline()
+                if not line:
+                    break
+                event = json.loads(line)
+                if event["event"] == "result":
+                    result = event["metrics"]
+                elif event["event"] == "error":
+                    error = event
+                else:
+                    emit(event)
+            except KeyboardInterrupt:
+                child.kill() if asked_to_stop else child.terminate()
+                asked_to_stop = True
         code = child.wait()
     if code == 0 and result is not None:
         return result
     if error is not None:
         raise CODES.get(code, RunnerError)(error["message"], hint=error["hint"])
-    if code == InterruptedRun.exit_code:
+    if asked_to_stop or code == InterruptedRun.exit_code:
         raise InterruptedRun(
-            f"{step.name} was interrupted; its state is saved",
+            f"{step.name} was interrupted; what was finished is kept",
             hint="run the same command to continue",
         )
     raise RunnerError(_crash(step.name, code, log_path), hint=f"all it said is in {log_path}")
-
-
-def _events_of(child: subprocess.Popen[bytes]) -> Iterator[events.Event]:
-    """The child's events until it ends; the first interrupt asks it to stop, a second one kills."""
-    assert child.stdout is not None
-    asked = False
-    while True:
-        try:
-            line = child.stdout.readline()
-            if not line:
-                return
-            yield json.loads(line)
-        except KeyboardInterrupt:
-            child.kill() if asked else child.terminate()
-            asked = True
 
 
 def _crash(stage: str, code: int, log_path: Path) -> str:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runner.engine import files, key
+from runner import disk
+from runner.engine import key
 from runner.errors import RecipeError
 
 HEADER = (
@@ -90,7 +91,7 @@ def write(path: Path, lock: Lock) -> None:
     """Replaces the file whole; leaves it alone when nothing changes."""
     text = text_of(lock).encode()
     if not path.exists() or path.read_bytes() != text:
-        files.write_whole(path, text)
+        disk.write_whole(path, text)
 
 
 def updated(lock: Lock, fact: Fact, stages: Iterable[str]) -> Lock:

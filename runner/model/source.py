@@ -7,7 +7,6 @@ package, or `owner/name` for a model of the Hugging Face hub, which the lockfile
 from __future__ import annotations
 
 import re
-from importlib import metadata
 from pathlib import Path
 
 from runner.errors import PreconditionError
@@ -95,6 +94,8 @@ def _unreachable(hub_id: str, error: Exception) -> PreconditionError:
 
 
 def _in_package(spec: str) -> Path:
+    from importlib import metadata
+
     package, _, inside = spec.removeprefix("package:").partition("/")
     try:
         files = metadata.files(package) or []

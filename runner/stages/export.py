@@ -53,9 +53,8 @@ class Export(Stage):
             system=self.system,
             emit=dirs.emit,
         )
-        return {
-            f"{path.name}_bytes": path.stat().st_size for path in sorted(dirs.output.glob("*.gguf"))
-        }
+        sizes = {level: dirs.output / f"{dirs.recipe}-{level}.gguf" for level in self.gguf}
+        return {f"{level}_bytes": path.stat().st_size for level, path in sizes.items()}
 
     def rows(self, artifact: Path, view: str) -> Iterator[str]:
         for path in sorted(p for p in artifact.rglob("*") if p.is_file()):

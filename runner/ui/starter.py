@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from runner.engine import files
+from runner import disk
 from runner.engine.recipe import MODELINE
 from runner.errors import RecipeError
 from runner.stages.schema import json_schema
@@ -46,14 +46,14 @@ def write(folder: Path, name: str) -> list[Path]:
     for path in (recipe.parent, schema.parent, data):
         path.mkdir(parents=True, exist_ok=True)
     written = [recipe]
-    files.write_whole(recipe, RECIPE.format(modeline=MODELINE, name=name).encode())
+    disk.write_whole(recipe, RECIPE.format(modeline=MODELINE, name=name).encode())
     if not schema.exists():
-        files.write_whole(schema, (json.dumps(json_schema(), indent=2) + "\n").encode())
+        disk.write_whole(schema, (json.dumps(json_schema(), indent=2) + "\n").encode())
         written.append(schema)
     for path, line in ((folder / ".gitignore", IGNORED), (folder / ".gitattributes", MERGED)):
         before = path.read_text() if path.exists() else ""
         if line not in before:
             gap = "" if not before or before.endswith("\n") else "\n"
-            files.write_whole(path, (before + gap + line).encode())
+            disk.write_whole(path, (before + gap + line).encode())
             written.append(path)
     return written

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from runner.engine import files, plan, store
+from runner import disk
 from runner.engine import key as keys
+from runner.engine import plan, store
 from runner.engine.execute import Opened
 from runner.ui import words
 
@@ -31,7 +32,7 @@ def records(opened: Opened) -> list[dict[str, Any]]:
                 "causes": [cause.text for cause in planned.causes],
                 "output": output,
                 "path": str(link) if there else None,
-                "bytes": files.size(artifact) if artifact and there else 0,
+                "bytes": disk.size(artifact) if artifact and there else 0,
                 "made_at": last.made_at if last else None,
                 "seconds": last.seconds if last else None,
                 "metrics": last.metrics if last else {},

@@ -26,13 +26,14 @@ def size(count: float) -> str:
 
 
 def metrics(values: Mapping[str, float | int | str]) -> str:
-    """`files 12, conversations 340`; sizes and losses in their own form."""
-    return ", ".join(f"{name.replace('_', ' ')} {_number(name, v)}" for name, v in values.items())
+    """`files 12, conversations 340`; sizes in units, and nothing of what there is none of."""
+    return ", ".join(_metric(name, value) for name, value in values.items() if value != 0)
 
 
-def _number(name: str, value: float | int | str) -> str:
+def _metric(name: str, value: float | int | str) -> str:
+    if name.endswith("_bytes") and not isinstance(value, str):
+        return f"{name.removesuffix('_bytes')} {size(value)}"
+    words = name.replace("_", " ")
     if isinstance(value, str):
-        return value
-    if name.endswith("_bytes"):
-        return size(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+        return f"{words} {value}"
+    return f"{words} {value:,}" if isinstance(value, int) else f"{words} {value:,.4g}"

@@ -1,4 +1,4 @@
-"""One chat a file: `[{"sender": "User", "userInput"}, {"sender": "Claude", "claudeOutputText"}]`."""
+"""One chat a file: a list of messages with `sender` and `userInput` or `claudeOutputText`."""
 
 from __future__ import annotations
 

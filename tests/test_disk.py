@@ -4,21 +4,21 @@ from pathlib import Path
 
 import pytest
 
-from runner.engine import files
+from runner import disk
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_beside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "x.lock"
-    files.write_whole(path, b"old")
+    disk.write_whole(path, b"old")
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        files.write_whole(path, b"new")
+        disk.write_whole(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -27,7 +27,7 @@ def test_a_folder_is_published_with_all_that_is_in_it(tmp_path: Path) -> None:
     staged = tmp_path / "tmp" / "s"
     (staged / "deep").mkdir(parents=True)
     (staged / "deep" / "a").write_text("1")
-    files.publish(staged, tmp_path / "aa" / "final")
+    disk.publish(staged, tmp_path / "aa" / "final")
     assert (tmp_path / "aa" / "final" / "deep" / "a").read_text() == "1"
     assert not staged.exists()
 
@@ -37,7 +37,7 @@ def test_publishing_what_is_there_already_keeps_it(tmp_path: Path) -> None:
         staged = tmp_path / "s"
         staged.mkdir()
         (staged / "a").write_text("1")
-        files.publish(staged, tmp_path / "final")
+        disk.publish(staged, tmp_path / "final")
     assert (tmp_path / "final" / "a").read_text() == "1"
     assert not (tmp_path / "s").exists()
 
@@ -45,6 +45,6 @@ def test_publishing_what_is_there_already_keeps_it(tmp_path: Path) -> None:
 def test_a_link_moves_from_one_target_to_the_next(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / "store" / name).mkdir(parents=True)
-        files.point(tmp_path / "links" / "stage", tmp_path / "store" / name)
+        disk.point(tmp_path / "links" / "stage", tmp_path / "store" / name)
         assert (tmp_path / "links" / "stage").resolve().name == name
     assert [path.name for path in (tmp_path / "links").iterdir()] == ["stage"]

@@ -1,0 +1,148 @@
+"""All the file operations that a promise hangs on: written beside, synced, renamed, and the order.
+
+Nothing else in the runner calls fsync or renames into place, so that tests can make each of them
+fail, and a full disk is one sentence wherever it is met.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from runner.errors import PreconditionError
+
+MARGIN_BYTES = 1_000_000
+"""Left free, because file systems need some room for themselves."""
+
+_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replaces the file; a reader, or a crash, sees the old bytes or the new ones."""
+    with being_written(path) as beside:
+        beside.write_bytes(data)
+
+
+@contextmanager
+def being_written(path: Path) -> Iterator[Path]:
+    """A path to write to, beside `path`; takes that name when it is complete and on the disk."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield beside
+        sync_file(beside)
+        beside.replace(path)
+    finally:
+        with suppress(FileNotFoundError):
+            beside.unlink()
+    sync_folder(path.parent)
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Moves a finished folder to its place; when one is there already, it is the same: keep it."""
+    for path in staged.rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)  # libraries make some files readable for their owner alone
+    sync_tree(staged)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        staged.rename(final)
+    except OSError:
+        if not final.is_dir():
+            raise
+        shutil.rmtree(staged)
+        return
+    sync_folder(final.parent)
+    sync_folder(final.parent.parent)
+
+
+def point(link: Path, target: Path) -> None:
+    """Makes `link` lead to the folder `target`, atomically where the system has symbolic links."""
+    relative = os.path.relpath(target, link.parent)
+    if link.is_symlink() and str(link.readlink()) == relative:
+        return
+    link.parent.mkdir(parents=True, exist_ok=True)
+    beside = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    beside.unlink(missing_ok=True)
+    try:
+        beside.symlink_to(relative, target_is_directory=True)
+        beside.replace(link)
+    except OSError:
+        if sys.platform != "win32":
+            raise
+        _junction(link, target)
+
+
+def sync_tree(folder: Path) -> None:
+    """Makes the files of a folder durable, and then their names."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync_file(Path(parent, name))
+        sync_folder(Path(parent))
+
+
+def sync_file(path: Path) -> None:
+    """Makes the bytes of a file durable."""
+    flags = os.O_RDWR if sys.platform == "win32" else os.O_RDONLY
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes renames in the folder durable; Windows has no such call and needs none."""
+    if sys.platform != "win32":
+        sync_file(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a folder or a file that may not be there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def size(folder: Path) -> int:
+    """Bytes of all files below the folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raises PreconditionError where `needed` bytes do not fit on the disk of the folder."""
+    free = shutil.disk_usage(folder).free
+    if free < needed + MARGIN_BYTES:
+        raise _no_room(folder, free, needed)
+
+
+def full(error: Exception, where: Path, needed: int = 0) -> PreconditionError | None:
+    """What to tell the user where the error says that the disk is full; None where it does not."""
+    # safetensors gives the error of the system as text: "(os error 28)"; 112 is Windows'.
+    said = any(f"(os error {code})" in str(error) for code in (*_FULL, 112))
+    if getattr(error, "errno", None) not in _FULL and not said:
+        return None
+    existing = next(path for path in (where, *where.absolute().parents) if path.exists())
+    return _no_room(existing, shutil.disk_usage(existing).free, needed)
+
+
+def _no_room(folder: Path, free: int, needed: int) -> PreconditionError:
+    wanted = f"{needed / 1e6:,.0f} MB are needed, " if needed else ""
+    return PreconditionError(
+        f"the disk is full: {wanted}{free / 1e6:,.0f} MB are free at {folder}",
+        hint="free some space and run the same command again; what was finished is kept",
+    )
+
+
+def _junction(link: Path, target: Path) -> None:
+    """Windows lets everybody make junctions, but not everybody symbolic links."""
+    import _winapi  # type: ignore[import-not-found,unused-ignore]
+
+    if link.exists():
+        link.rmdir()
+    _winapi.CreateJunction(str(target.absolute()), str(link))  # type: ignore[attr-defined,unused-ignore]

@@ -1,0 +1,239 @@
+"""Checkpoints that are whole or not there: staged, hashed, synced, renamed; verified before use.
+
+step-000120/
+    weights.safetensors       what is trained, by parameter name
+    manifest.json             step, eval loss, hashes; written last
+    resume/                   only in the last two: what it takes to go on exactly
+        state.safetensors     optimizer and random state
+        state.json
+        manifest.json
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from runner.errors import PreconditionError, RunnerError
+
+RESUMABLE = 2
+"""How many of the newest checkpoints hold optimizer state: one, and one to fall back to."""
+
+_MARGIN_BYTES = 1_000_000
+_FULL_DISK = {errno.ENOSPC, errno.EDQUOT} if sys.platform != "win32" else {errno.ENOSPC}
+
+
+class DamagedCheckpoint(RunnerError):
+    """Its files are not what its manifest says."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint; `eval_loss` is None where none was measured."""
+
+    path: Path
+    step: int
+    eval_loss: float | None
+
+
+def save(
+    scratch: Path,
+    *,
+    step: int,
+    eval_loss: float | None,
+    weights: Mapping[str, Tensor],
+    state_tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+) -> Checkpoint:
+    """Publishes a checkpoint that training can go on from; on any error there is none."""
+    final = scratch / f"step-{step:06}"
+    staged = scratch / f".{final.name}.{os.getpid()}.tmp"
+    needed = sum(tensor.nbytes for tensor in (*weights.values(), *state_tensors.values()))
+    scratch.mkdir(parents=True, exist_ok=True)
+    check_room(scratch, needed)
+    try:
+        (staged / "resume").mkdir(parents=True)
+        save_file(dict(weights), staged / "weights.safetensors")
+        save_file(dict(state_tensors), staged / "resume" / "state.safetensors")
+        (staged / "resume" / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        _seal(staged / "resume", {"step": step})
+        _seal(staged, {"step": step, "eval_loss": eval_loss})
+        staged.rename(final)
+        _sync_folder(scratch)
+    except (OSError, SafetensorError) as error:
+        raise disk_full(error, scratch, needed) or error from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return Checkpoint(final, step, eval_loss)
+
+
+def published(scratch: Path) -> tuple[list[Checkpoint], list[Path]]:
+    """The checkpoints of a training, oldest first, and the folders that are not whole."""
+    whole: list[Checkpoint] = []
+    damaged: list[Path] = []
+    for path in sorted(scratch.glob("step-*"), key=_step_of):
+        try:
+            manifest = _verified(path)
+        except DamagedCheckpoint:
+            damaged.append(path)
+        else:
+            whole.append(Checkpoint(path, manifest["step"], manifest["eval_loss"]))
+    return whole, damaged
+
+
+def clear_staged(scratch: Path) -> None:
+    """Removes what a killed process was still writing."""
+    for path in scratch.glob(".step-*.tmp"):
+        shutil.rmtree(path)
+
+
+def can_resume(checkpoint: Checkpoint) -> bool:
+    """Whether it holds optimizer state, whole or not."""
+    return (checkpoint.path / "resume").is_dir()
+
+
+def weights_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    _verified(checkpoint.path)
+    return load_file(checkpoint.path / "weights.safetensors")
+
+
+def state_of(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Optimizer and random state as tensors, and the rest."""
+    folder = checkpoint.path / "resume"
+    _verified(folder)
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return load_file(folder / "state.safetensors"), state
+
+
+def best(checkpoints: list[Checkpoint]) -> Checkpoint:
+    """The one with the lowest eval loss, the earliest of equals; the last where none has one."""
+    measured = [one for one in checkpoints if one.eval_loss is not None]
+    return min(measured, key=_by_loss) if measured else checkpoints[-1]
+
+
+def prune(checkpoints: list[Checkpoint], *, keep_best: int, resumable: int) -> list[Checkpoint]:
+    """Deletes all but the `keep_best` and the `resumable` newest; only those keep their state."""
+    measured = sorted((one for one in checkpoints if one.eval_loss is not None), key=_by_loss)
+    newest = checkpoints[-resumable:]
+    kept = [one for one in checkpoints if one in newest or one in measured[:keep_best]]
+    for one in checkpoints:
+        if one not in kept:
+            remove(one.path)
+        elif one not in newest and can_resume(one):
+            remove(one.path / "resume")
+    return kept
+
+
+def remove(path: Path) -> None:
+    """Deletes a folder so that a crash in between leaves no half of it to be taken for whole."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if path.parent.name.startswith("step-"):
+        beside = path.parent.parent / f".{path.parent.name}.{path.name}.tmp"
+    path.rename(beside)
+    shutil.rmtree(beside)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raises where `needed` bytes do not fit on the disk of the folder."""
+    free = shutil.disk_usage(folder).free
+    if free < needed + _MARGIN_BYTES:
+        raise _no_room(folder, needed, free)
+
+
+def disk_full(error: Exception, folder: Path, needed: int) -> PreconditionError | None:
+    """What to tell the user where the error says that the disk is full."""
+    # safetensors gives the error of the system as text: "(os error 28)".
+    text = str(error)
+    codes = {getattr(error, "errno", None)}
+    codes |= {code for code in _FULL_DISK if f"(os error {code})" in text}
+    if codes & _FULL_DISK or "(os error 112)" in text:  # 112: Windows' ERROR_DISK_FULL
+        return _no_room(folder, needed, shutil.disk_usage(folder).free)
+    return None
+
+
+def sync_tree(folder: Path) -> None:
+    """Makes the files of a folder durable, and then their names."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        _sync_folder(path) if path.is_dir() else _sync_file(path)
+    _sync_folder(folder)
+
+
+def _no_room(folder: Path, needed: int, free: int) -> PreconditionError:
+    return PreconditionError(
+        f"{folder}: the disk is full; {needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB free",
+        hint="free some space (`runner gc` shows what can go) and run the same command again; "
+        "earlier checkpoints are intact",
+    )
+
+
+def _seal(folder: Path, facts: dict[str, Any]) -> None:
+    """Writes the manifest of the folder's files, durable before it and after it."""
+    files = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
+    for path in files.values():
+        _sync_file(path)
+    manifest = {**facts, "files": {name: _sha256(path) for name, path in files.items()}}
+    manifest["seal"] = _seal_of(manifest)
+    target = folder / "manifest.json"
+    target.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    _sync_file(target)
+    _sync_folder(folder)
+
+
+def _verified(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder, if every file is what it says."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_bytes())
+        if manifest.pop("seal") != _seal_of(manifest):
+            raise DamagedCheckpoint(f"{folder}: its manifest was changed")
+        for name, sha256 in manifest["files"].items():
+            if _sha256(folder / name) != sha256:
+                raise DamagedCheckpoint(f"{folder}: {name} is not what was saved")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{folder} is not whole: {error}") from error
+    return manifest
+
+
+def _seal_of(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _by_loss(checkpoint: Checkpoint) -> tuple[float, int]:
+    assert checkpoint.eval_loss is not None
+    return checkpoint.eval_loss, checkpoint.step
+
+
+def _step_of(path: Path) -> int:
+    digits = path.name.removeprefix("step-")
+    return int(digits) if digits.isdigit() else -1
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

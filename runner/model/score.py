@@ -1,0 +1,134 @@
+"""How well a model predicts tokens: the loss that training lowers and that evaluation compares.
+
+B rows, T tokens, N tokens that carry loss, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from runner.errors import RunnerError
+from runner.model import batches, lora
+from runner.model.batches import Batch
+from runner.model.tokens import Row
+
+_LOGITS_AT_ONCE = 2**24
+"""Elements of the logits that exist at one time: 64 MiB of float32."""
+
+
+def summed_nll(model: nn.Module, batch: Batch) -> Tensor:
+    """The sum over the batch of weight times negative log likelihood; logits where a weight is."""
+    causal = lora.inner(model)
+    carries = batch.weights[:, 1:] != 0
+    hidden: Tensor = causal.base_model(input_ids=batch.input_ids, use_cache=False)[0]  # (B, T, D)
+    hidden = hidden[:, :-1][carries]  # (N, D): what predicts the next token
+    targets = batch.input_ids[:, 1:][carries]  # (N,)
+    weights = batch.weights[:, 1:][carries]  # (N,)
+    size = max(1, _LOGITS_AT_ONCE // _vocabulary(causal))
+    pieces = [
+        (hidden[first : first + size], targets[first : first + size], weights[first : first + size])
+        for first in range(0, max(1, len(targets)), size)
+    ]
+    # One piece is kept for the way back; several are computed again, or they would all be kept.
+    again = len(pieces) > 1 and torch.is_grad_enabled()
+    losses = [
+        checkpoint(_piece_nll, causal, *piece, use_reentrant=False, preserve_rng_state=False)
+        if again
+        else _piece_nll(causal, *piece)
+        for piece in pieces
+    ]
+    return torch.stack(losses).sum()
+
+
+def mean_loss(model: nn.Module, rows: Sequence[Row], *, pass_tokens: int | None = None) -> float:
+    """Weighted mean of the negative log likelihood over all rows, in nats per token."""
+    device = next(model.parameters()).device
+    groups = batches.micro_batches(
+        [len(row.input_ids) for row in rows],
+        micro_batch_size=None,
+        pass_tokens=pass_tokens or batches.PASS_TOKENS[device.type],
+    )
+    total = weight = 0.0
+    with torch.no_grad(), _evaluating(model):
+        for group in groups:
+            batch = batches.padded([rows[place] for place in group], device)
+            total += summed_nll(model, batch).item()
+            weight += batch.weights.sum(dtype=torch.float64).item()
+    return total / weight
+
+
+def text_loss(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_tokens: int,
+) -> float:
+    """Mean negative log likelihood per token of plain texts, each cut after `max_tokens`."""
+    rows = []
+    for text in texts:
+        ids = np.array(tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"])
+        weights = np.ones(len(ids), np.float32)
+        weights[:1] = 0
+        if len(ids) > 1:
+            rows.append(Row("", 0, ids, weights, 0))
+    return mean_loss(model, rows)
+
+
+def check_logits(model: nn.Module, row: Row) -> None:
+    """Raises where the model computes its logits in another way than the loss does here."""
+    causal = lora.inner(model)
+    device = next(model.parameters()).device
+    input_ids = torch.tensor(row.input_ids[:8], dtype=torch.long, device=device)[None]
+    with torch.no_grad(), _evaluating(model):
+        own = _logits(causal, causal.base_model(input_ids=input_ids, use_cache=False)[0])
+        theirs = causal(input_ids=input_ids, use_cache=False).logits.float()
+    # Both come from the same kernels; what is between is rounding of the last few bits.
+    if not torch.allclose(own, theirs, rtol=0.05, atol=0.05 * theirs.abs().max().item()):
+        raise RunnerError(
+            f"{type(causal).__name__} changes its logits after the output head in a way that is "
+            "not known here",
+            hint="the loss would be wrong; choose another base model, or report this one",
+        )
+
+
+def _piece_nll(causal: PreTrainedModel, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    nll = functional.cross_entropy(_logits(causal, hidden), targets, reduction="none")
+    return (nll * weights).sum()
+
+
+def _logits(causal: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """(…, D) to (…, V) in float32, as the model's own forward does after its last norm."""
+    head: Any = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
+    logits: Tensor = head(hidden.to(head.weight.dtype)).float()
+    config = causal.config.get_text_config()
+    if scale := getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * scale
+    if divisor := getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / divisor
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2 (arXiv:2408.00118), § 2
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def _vocabulary(causal: PreTrainedModel) -> int:
+    return int(causal.config.get_text_config().vocab_size)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
