@@ -74,7 +74,7 @@ def test_a_missing_output_is_rebuilt_and_what_follows_is_not(tmp_path: Path) -> 
         file.unlink()
     object_.rmdir()
     assert states(recipe) == {"ingest": "skip", "window": "run", "split": "skip"}
-    assert causes(recipe, "window") == ["its output is not in the store any more"]
+    assert causes(recipe, "window") == ["its output is not in the store"]
     apply(recipe)
     assert store.holds(Workspace(tmp_path), output)
 

@@ -172,7 +172,7 @@ def test_an_interrupted_training_goes_on(tmp_path: Path, tiny_base: Path) -> Non
 def test_the_real_model_learns_and_talks(tmp_path: Path, smollm2_gguf: Path) -> None:
     """Two steps on SmolLM2: that the real thing runs whole; how well it learns is for the demo."""
     text = QUICKSTART.read_text().replace("[data/quickstart]", f"[{ROOT / 'data' / 'quickstart'}]")
-    text = text.replace("epochs: 3", "max_steps: 2").replace("min_share: 0.8", "min_share: 0")
+    text = text.replace("epochs: 2", "max_steps: 2").replace("min_share: 0.8", "min_share: 0")
     text = text.replace("reply_tokens: 120", "reply_tokens: 8\n    prompts: 2")
     text = text.replace("gguf: [f16, q8_0, q4_k_m]", "gguf: [q4_k_m]\n    merged: false")
     (tmp_path / "pyproject.toml").touch()

@@ -141,8 +141,24 @@ def test_padding_carries_no_loss_and_changes_none(family: Family, tmp_path: Path
     assert beside == pytest.approx(alone, rel=1e-6)
 
 
-def test_chunked_logits_give_the_same_gradient(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted(base)
+@pytest.mark.parametrize("logits_at_once", [1500, 2**24])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_frozen_head_gives_the_gradient_of_autograd(
+    family: Family, logits_at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(tiny_models.folder(tmp_path / "base", family, tied=False))
+    rows = tiny_models.conversations(3)
+    monkeypatch.setattr(score, "_has_frozen_head", lambda causal: False)
+    expected = gradient(model, rows)
+    monkeypatch.undo()
+    monkeypatch.setattr(score, "_LOGITS_AT_ONCE", logits_at_once)
+    assert (gradient(model, rows) - expected).abs().max() <= 1e-6
+
+
+def test_chunked_logits_give_the_same_gradient_in_full_training(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load.causal_lm(base, dtype="float32", device="cpu")
     rows = tiny_models.conversations(3)
     whole = gradient(model, rows)
     monkeypatch.setattr(score, "_LOGITS_AT_ONCE", 1500)
@@ -382,7 +398,9 @@ def test_a_full_disk_is_said_with_the_bytes_needed_and_costs_no_checkpoint(
             full = usage._replace(free=1000)
             monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
 
-    with pytest.raises(PreconditionError, match=r"the disk is full; \d+ MB are needed, 0 MB free"):
+    with pytest.raises(
+        PreconditionError, match=r"the disk is full: \d+ MB are needed, 0 MB are free"
+    ):
         tiny_models.trained(base, files, tmp_path, emit=emit)
     assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["step-000002"]
     monkeypatch.undo()

@@ -117,7 +117,7 @@ def decide(step: Step, above: Mapping[str, Planned], world: World) -> Planned:
         if store.holds(world.workspace, output):
             return Planned(step, "skip", (), parts, output, files)
     if outputs:
-        text = "its output is not in the store any more"
+        text = "its output is not in the store"
         if not step.rebuilds:
             text += "; it is trained again and gives a different model"
         cause = Cause("output missing", text)

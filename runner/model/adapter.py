@@ -15,8 +15,9 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from runner import disk
 from runner.errors import RunnerError
-from runner.model import checkpoint, load, lora
+from runner.model import load, lora
 from runner.model.load import Dtype
 
 _WEIGHTS_AND_CONFIG = re.compile(r".*\.(safetensors|safetensors\.index\.json)|config\.json")
@@ -90,12 +91,12 @@ def write_model(model: PreTrainedModel, base: Path, output: Path, *, dtype: Dtyp
     # What the base says about generation is copied; what was loaded may not pass its own check.
     whole.generation_config = GenerationConfig.from_model_config(whole.config)
     needed = sum(parameter.nbytes for parameter in whole.parameters())
-    checkpoint.check_room(output, needed)
+    disk.check_room(output, needed)
     try:
         with _no_bars():
             whole.save_pretrained(output, max_shard_size="5GB")
     except (OSError, SafetensorError) as error:
-        raise checkpoint.disk_full(error, output, needed) or error from error
+        raise disk.full(error, output, needed) or error from error
     for path in copied:
         target = output / path.relative_to(base)
         target.parent.mkdir(exist_ok=True)

@@ -11,12 +11,10 @@ step-000120/
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from runner.errors import PreconditionError, RunnerError
+from runner import disk
+from runner.errors import RunnerError
 
 RESUMABLE = 2
 """How many of the newest checkpoints hold optimizer state: one, and one to fall back to."""
-
-_MARGIN_BYTES = 1_000_000
-_FULL_DISK = {errno.ENOSPC, errno.EDQUOT} if sys.platform != "win32" else {errno.ENOSPC}
 
 
 class DamagedCheckpoint(RunnerError):
@@ -62,7 +58,7 @@ def save(
     staged = scratch / f".{final.name}.{os.getpid()}.tmp"
     needed = sum(tensor.nbytes for tensor in (*weights.values(), *state_tensors.values()))
     scratch.mkdir(parents=True, exist_ok=True)
-    check_room(scratch, needed)
+    disk.check_room(scratch, needed)
     try:
         (staged / "resume").mkdir(parents=True)
         save_file(dict(weights), staged / "weights.safetensors")
@@ -71,9 +67,9 @@ def save(
         _seal(staged / "resume", {"step": step})
         _seal(staged, {"step": step, "eval_loss": eval_loss})
         staged.rename(final)
-        _sync_folder(scratch)
+        disk.sync_folder(scratch)
     except (OSError, SafetensorError) as error:
-        raise disk_full(error, scratch, needed) or error from error
+        raise disk.full(error, scratch, needed) or error from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return Checkpoint(final, step, eval_loss)
@@ -145,50 +141,17 @@ def remove(path: Path) -> None:
     shutil.rmtree(beside)
 
 
-def check_room(folder: Path, needed: int) -> None:
-    """Raises where `needed` bytes do not fit on the disk of the folder."""
-    free = shutil.disk_usage(folder).free
-    if free < needed + _MARGIN_BYTES:
-        raise _no_room(folder, needed, free)
-
-
-def disk_full(error: Exception, folder: Path, needed: int) -> PreconditionError | None:
-    """What to tell the user where the error says that the disk is full."""
-    # safetensors gives the error of the system as text: "(os error 28)".
-    text = str(error)
-    codes = {getattr(error, "errno", None)}
-    codes |= {code for code in _FULL_DISK if f"(os error {code})" in text}
-    if codes & _FULL_DISK or "(os error 112)" in text:  # 112: Windows' ERROR_DISK_FULL
-        return _no_room(folder, needed, shutil.disk_usage(folder).free)
-    return None
-
-
-def sync_tree(folder: Path) -> None:
-    """Makes the files of a folder durable, and then their names."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        _sync_folder(path) if path.is_dir() else _sync_file(path)
-    _sync_folder(folder)
-
-
-def _no_room(folder: Path, needed: int, free: int) -> PreconditionError:
-    return PreconditionError(
-        f"{folder}: the disk is full; {needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB free",
-        hint="free some space (`runner gc` shows what can go) and run the same command again; "
-        "earlier checkpoints are intact",
-    )
-
-
 def _seal(folder: Path, facts: dict[str, Any]) -> None:
     """Writes the manifest of the folder's files, durable before it and after it."""
     files = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
     for path in files.values():
-        _sync_file(path)
+        disk.sync_file(path)
     manifest = {**facts, "files": {name: _sha256(path) for name, path in files.items()}}
     manifest["seal"] = _seal_of(manifest)
     target = folder / "manifest.json"
     target.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    _sync_file(target)
-    _sync_folder(folder)
+    disk.sync_file(target)
+    disk.sync_folder(folder)
 
 
 def _verified(folder: Path) -> dict[str, Any]:
@@ -222,18 +185,3 @@ def _by_loss(checkpoint: Checkpoint) -> tuple[float, int]:
 def _step_of(path: Path) -> int:
     digits = path.name.removeprefix("step-")
     return int(digits) if digits.isdigit() else -1
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    if sys.platform == "win32":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

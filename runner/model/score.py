@@ -38,14 +38,16 @@ def summed_nll(model: nn.Module, batch: Batch) -> Tensor:
         (hidden[first : first + size], targets[first : first + size], weights[first : first + size])
         for first in range(0, max(1, len(targets)), size)
     ]
-    # One piece is kept for the way back; several are computed again, or they would all be kept.
-    again = len(pieces) > 1 and torch.is_grad_enabled()
-    losses = [
-        checkpoint(_piece_nll, causal, *piece, use_reentrant=False, preserve_rng_state=False)
-        if again
-        else _piece_nll(causal, *piece)
-        for piece in pieces
-    ]
+    if _has_frozen_head(causal):
+        losses = [_FrozenHeadNll.apply(causal, *piece) for piece in pieces]  # type: ignore[no-untyped-call]
+    elif len(pieces) == 1 or not torch.is_grad_enabled():
+        losses = [_piece_nll(causal, *piece) for piece in pieces]
+    else:
+        # Computed again on the way back, or the logits of all pieces would be kept until then.
+        losses = [
+            checkpoint(_piece_nll, causal, *piece, use_reentrant=False, preserve_rng_state=False)
+            for piece in pieces
+        ]
     return torch.stack(losses).sum()
 
 
@@ -105,18 +107,58 @@ def _piece_nll(causal: PreTrainedModel, hidden: Tensor, targets: Tensor, weights
     return (nll * weights).sum()
 
 
+class _FrozenHeadNll(torch.autograd.Function):
+    """`_piece_nll` that takes the gradient on the way forward, while the logits are there.
+
+    So they are neither kept nor computed twice: Liger kernels (arXiv:2410.10989), section 3.2.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, causal: PreTrainedModel, hidden: Tensor, targets: Tensor, weights: Tensor
+    ) -> Tensor:
+        config = causal.config.get_text_config()
+        head = causal.get_output_embeddings().weight  # type: ignore[no-untyped-call]  # (V, D)
+        logits = _logits(causal, hidden)  # (N, V)
+        likelihoods = functional.log_softmax(logits, -1)
+        nll = -likelihoods.gather(1, targets[:, None])[:, 0]
+        if ctx.needs_input_grad[1]:
+            slope = likelihoods.exp_()  # of nll by logits: softmax - 1 at the target
+            slope[torch.arange(len(targets), device=slope.device), targets] -= 1
+            if cap := getattr(config, "final_logit_softcapping", None):
+                slope *= 1 - (logits / cap) ** 2
+            factor = weights * _logit_factor(config)
+            gradient = (slope.to(head.dtype) @ head) * factor[:, None]
+            ctx.save_for_backward(gradient.to(hidden.dtype))
+        return (nll * weights).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return None, gradient * upstream[0], None, None
+
+
+def _has_frozen_head(causal: PreTrainedModel) -> bool:
+    head = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
+
+
 def _logits(causal: PreTrainedModel, hidden: Tensor) -> Tensor:
     """(…, D) to (…, V) in float32, as the model's own forward does after its last norm."""
     head: Any = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
     logits: Tensor = head(hidden.to(head.weight.dtype)).float()
     config = causal.config.get_text_config()
-    if scale := getattr(config, "logit_scale", None):  # Cohere
-        logits = logits * scale
-    if divisor := getattr(config, "logits_scaling", None):  # Granite
-        logits = logits / divisor
+    if (factor := _logit_factor(config)) != 1:
+        logits = logits * factor
     if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2 (arXiv:2408.00118), § 2
         logits = torch.tanh(logits / cap) * cap
     return logits
+
+
+def _logit_factor(config: Any) -> float:
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
+    return float(scale / divisor)
 
 
 def _vocabulary(causal: PreTrainedModel) -> int:

@@ -26,6 +26,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from runner import disk
 from runner.errors import InterruptedRun, PreconditionError, RunnerError
 from runner.model import adapter, batches, checkpoint, load, lora, score, tokens
 from runner.model.checkpoint import Checkpoint
@@ -77,7 +78,6 @@ def train(
     been no stop (bit for bit on a CPU). Raises InterruptedRun after SIGTERM or SIGINT, with a
     checkpoint saved, and RunnerError when the loss or the gradient is not a finite number.
     """
-    started = time.monotonic()
     _use_the_whole_processor()
     rows, held_out = _rows(tokens)
     steps = batches.planned(
@@ -198,7 +198,7 @@ def train(
                         "event": "checkpoint",
                         "step": done,
                         "path": str(latest.path),
-                        "bytes": _bytes_below(latest.path),
+                        "bytes": disk.size(latest.path),
                         "eval_loss": latest.eval_loss,
                     }
                 )
@@ -210,7 +210,7 @@ def train(
     _write(model, method, base, output, curve)
     if text := verdict(curve, chosen_step):
         emit({"event": "verdict", "text": text})
-    return _summary(curve, chosen_step, trained, seen_tokens, pace, started)
+    return _summary(curve, chosen_step, trained, seen_tokens, pace)
 
 
 def precision_of(device: str, precision: Precision = "auto") -> Dtype:
@@ -248,7 +248,7 @@ def verdict(curve: Sequence[Mapping[str, float]], kept: int) -> str:
             f"eval loss did not fall: {before:.3f} before, {best:.3f} at best (step {kept}); "
             "the data may be too little or too different, or the learning rate too high"
         )
-    if after > best and late is not None and early is not None and late < early:
+    if after > 1.01 * best and late is not None and early is not None and late < early:
         return (
             f"overfitting: eval loss rose from {best:.3f} (step {kept}) to {after:.3f} (step "
             f"{last}) while training loss fell from {early:.3f} to {late:.3f}; step {kept} was "
@@ -566,7 +566,6 @@ def _summary(
     trained: Mapping[str, nn.Parameter],
     seen_tokens: int,
     pace: _Pace,
-    started: float,
 ) -> dict[str, float | int | str]:
     evals = {int(point["step"]): point["eval_loss"] for point in curve if "eval_loss" in point}
     losses = [point["loss"] for point in curve if "loss" in point]
@@ -577,7 +576,6 @@ def _summary(
         "tokens": seen_tokens,
         "trained_parameters": sum(parameter.numel() for parameter in trained.values()),
         "tokens_per_second": round(pace.tokens_per_s, 1),
-        "seconds": round(time.monotonic() - started, 1),
     }
     if evals:
         summary |= {"eval_loss_before": round(evals[0], 6), "eval_loss": round(evals[kept], 6)}
@@ -606,10 +604,6 @@ def _memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(psutil.Process().memory_info().rss)
-
-
-def _bytes_below(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _use_the_whole_processor() -> None:
