@@ -184,8 +184,8 @@ def test_the_real_model_learns_and_talks(tmp_path: Path, smollm2_gguf: Path) -> 
     report = json.loads(
         (tmp_path / "artifacts" / "quickstart" / "evaluate" / "report.json").read_text()
     )
-    assert report["base"]["eval_loss"] < 3.5
-    assert report["base"]["retention_loss"] < 3.5
+    assert report["base"]["eval_loss"] < 4.5
+    assert report["base"]["retention_loss"] < 4
     said = run("chat", str(path), "--once", "What is the sun?", "--max-tokens", "8")
     assert said.returncode == 0
     assert len(said.stdout.strip()) > 5

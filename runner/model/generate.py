@@ -29,7 +29,7 @@ def replies(
     prompts: Sequence[list[int]],
     *,
     max_new_tokens: int,
-    batch_size: int = 16,
+    batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Generated]:
     """One reply per prompt, in order; a prompt ends where the assistant's turn is open."""
