@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,14 +33,21 @@ exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what the terminal has no letter for
     parser = _parser()
     options = parser.parse_args(arguments)
     level = logging.DEBUG if options.debug else logging.WARNING
     logging.basicConfig(level=level, stream=sys.stderr, format="%(name)s: %(message)s")
     try:
+        for name in ("SIGTERM", "SIGHUP"):
+            if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
+                signal.signal(getattr(signal, name), _interrupt)
         command: Callable[[argparse.Namespace], int] = options.command
         code = command(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except RunnerError as error:
         if options.debug:
@@ -56,8 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return InterruptedRun.exit_code
     except BrokenPipeError:
         # The reader (`head`, say) has what it wanted; Python must not complain when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _mute()
         return 0
+    except OSError as error:
+        if options.debug:
+            raise
+        where = f": {error.filename}" if error.filename is not None else ""
+        what = f"{error.strerror or error}{where}"
+        hint = "check that it is there, and that you may read it, or write to it"
+        _report(what, hint, PreconditionError.exit_code, as_json=options.json)
+        return PreconditionError.exit_code
     except Exception as error:
         if options.debug:
             raise
@@ -135,6 +153,15 @@ def _report(message: str, hint: str, exit_code: int, *, as_json: bool) -> None:
         print(f"{'' if number else 'runner: '}{escaped(line)}", file=sys.stderr)
 
 
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _mute() -> None:
+    """Sends what is still printed nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _print_json(value: object) -> None:
     print(json.dumps(value, ensure_ascii=False))
 
@@ -176,6 +203,8 @@ def _plan(options: argparse.Namespace) -> int:
         print("nothing to do")
     else:
         _print_plan(planned)
+    if work and options.check and options.json:
+        return DriftError.exit_code
     if work and options.check:
         raise DriftError(f"{len(work)} stages would run", hint="run `runner apply`")
     return 0
@@ -212,14 +241,17 @@ def _apply(options: argparse.Namespace) -> int:
     shown: list[Any] = []
 
     def listen(event: dict[str, Any]) -> None:
-        if options.json:
-            _print_json(event)
-            return
-        if not shown:
-            from runner.ui import progress
+        try:
+            if options.json:
+                _print_json(event)
+                return
+            if not shown:
+                from runner.ui import progress
 
-            shown.append(progress.view(terminal=sys.stdout.isatty()))
-        shown[0].show(event)
+                shown.append(progress.view(terminal=sys.stdout.isatty()))
+            shown[0].show(event)
+        except BrokenPipeError:
+            _mute()  # nobody looks any more, which is no reason to stop the run
 
     with execute.opened(options.recipe, options.workspace) as current:
         try:
@@ -246,13 +278,15 @@ def _near(path: Path) -> Path:
 
 def _cat(options: argparse.Namespace) -> int:
     from runner.engine import execute
+    from runner.engine.words import escaped
     from runner.ui import artifacts
 
     with execute.opened(options.recipe, options.workspace) as current:
         step = current.compiled.step(options.stage)
         artifact = artifacts.current(current, step)
+        terminal = sys.stdout.isatty()
         for row in artifacts.rows(step, artifact, options.view):
-            print(row)
+            print(escaped(row) if terminal else row)
     return 0
 
 

@@ -125,6 +125,7 @@ def full(error: Exception, where: Path, needed: int = 0) -> PreconditionError | 
     """What to tell the user where the error says that the disk is full; None where it does not."""
     # safetensors gives the error of the system as text: "(os error 28)"; 112 is Windows'.
     said = any(f"(os error {code})" in str(error) for code in (*_FULL, 112))
+    said = said or "disk is full" in str(error)  # SQLite
     if getattr(error, "errno", None) not in _FULL and not said:
         return None
     existing = next(path for path in (where, *where.absolute().parents) if path.exists())

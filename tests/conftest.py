@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import runner.model  # noqa: F401 (before any test imports torch: how its threads wait)
+
 
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:

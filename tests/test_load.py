@@ -199,3 +199,21 @@ def test_no_code_of_a_repository_is_run(tiny_folder: Path, tmp_path: Path) -> No
     (folder / "evil.py").write_text("raise SystemExit('ran')")
     assert load.causal_lm(folder, dtype="float32", device="cpu").config.model_type == "llama"
     assert not any("evil" in name for name in sys.modules)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("tokenizer.json", "{"), ("tokenizer.json", "{}"), ("config.json", "[]")]
+)
+def test_damaged_files_are_one_sentence(
+    tmp_path: Path, tiny_folder: Path, name: str, text: str
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_folder, broken)
+    (broken / name).write_text(text)
+
+    def open_both() -> None:
+        load.tokenizer(broken)
+        load.causal_lm(broken, dtype="float32", device="cpu")
+
+    with pytest.raises(PreconditionError, match=r"broken cannot be read"):
+        open_both()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +31,12 @@ ROLE_WORDS: dict[str, Role] = {
 class Message:
     role: Role
     content: str
+    learned: bool = True
+    """False for a reply that carries no loss, because its source says so."""
+
+    def record(self) -> dict[str, Any]:
+        plain: dict[str, Any] = {"role": self.role, "content": self.content}
+        return plain if self.learned else {**plain, "weight": 0}
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,8 @@ class Conversation:
     @property
     def content_hash(self) -> str:
         """16 hex digits that depend on roles and texts alone, so equal conversations share them."""
-        said = json.dumps([[m.role, m.content] for m in self.messages], ensure_ascii=True)
+        parts = [[m.role, m.content, *([] if m.learned else [0])] for m in self.messages]
+        said = json.dumps(parts, ensure_ascii=True)
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 
     def record(self, id: str) -> dict[str, Any]:
@@ -61,7 +68,7 @@ class Conversation:
                 "format": self.source.format,
                 "index": self.source.index,
             },
-            "messages": [{"role": m.role, "content": m.content} for m in self.messages],
+            "messages": [message.record() for message in self.messages],
         }
 
 
@@ -90,7 +97,8 @@ def tidy(messages: Iterable[Message]) -> tuple[Message, ...]:
         if not message.content.strip():
             continue
         if kept and kept[-1].role == message.role:
-            kept[-1] = Message(message.role, f"{kept[-1].content}\n\n{message.content}")
+            text = f"{kept[-1].content}\n\n{message.content}"
+            kept[-1] = Message(message.role, text, kept[-1].learned and message.learned)
         else:
             kept.append(message)
     return tuple(kept)
@@ -108,11 +116,12 @@ def with_ids(conversations: Iterable[Conversation]) -> Iterable[tuple[str, Conve
         yield content_hash if count == 1 else f"{content_hash}~{count}", conversation
 
 
-def replies(messages: Sequence[dict[str, str]]) -> list[tuple[int, int]]:
+def replies(messages: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
     """(user message, reply) as indices into `messages`, one for each reply that answers a user.
 
     What stands between the two (tool messages) belongs to the exchange. A leading assistant
-    message answers nobody and a trailing user message has no answer: neither is in the list.
+    message answers nobody and a trailing user message has no answer: neither is in the list, nor is
+    a reply with weight 0.
     """
     found: list[tuple[int, int]] = []
     asked: int | None = None
@@ -120,6 +129,7 @@ def replies(messages: Sequence[dict[str, str]]) -> list[tuple[int, int]]:
         if message["role"] == "user":
             asked = index
         elif message["role"] == "assistant" and asked is not None:
-            found.append((asked, index))
+            if message.get("weight") != 0:
+                found.append((asked, index))
             asked = None
     return found

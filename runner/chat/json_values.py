@@ -67,7 +67,9 @@ def values(data: bytes) -> Iterator[Value | Broken]:
     except json.JSONDecodeError as error:
         yield from _several(text, error)
         return
-    if isinstance(whole, list):
+    if whole == []:
+        yield Broken("is an empty list")
+    elif isinstance(whole, list):
         yield from (Value(value, index) for index, value in enumerate(whole))
     else:
         yield Value(whole, 0)
@@ -115,8 +117,8 @@ def _concatenated(text: str, whole: json.JSONDecodeError) -> Iterator[Value | Br
         except json.JSONDecodeError as error:
             yield Broken(_syntax(error if index else whole), error.lineno)
             return
-        except (_Unreadable, RecursionError) as error:
-            reason = "is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        except (ValueError, RecursionError) as error:
+            reason = str(error) if isinstance(error, _Unreadable) else "is nested too deeply"
             yield Broken(reason, text.count("\n", 0, position) + 1)
             return
         yield Value(value, index)
@@ -128,6 +130,10 @@ def _parsed(text: str) -> Any:
         value = _decoder.decode(text)
     except RecursionError:
         raise _Unreadable(f"is nested more than {MAX_DEPTH} levels deep") from None
+    except (json.JSONDecodeError, _Unreadable):
+        raise
+    except ValueError:
+        raise _Unreadable("has a number with too many digits") from None
     _check(value)
     return value
 
@@ -152,8 +158,8 @@ def _check(value: Any) -> None:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise _Unreadable(f"has the key {twice!r} twice in one object")
     return found
 

@@ -9,9 +9,11 @@ goes on from there.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -71,7 +73,10 @@ def opened(path: Path, root: Path | None = None) -> Iterator[Opened]:
     """The recipe at `path`, checked; or from the cache when these bytes were checked before."""
     data = recipe.read_bytes(path)
     space = Workspace(root.absolute()) if root else workspace.around(path)
-    cache_key = key.of({"recipe": data.hex(), "code": _code_fingerprint()})
+    if not space.root.is_dir():
+        raise RecipeError(f"there is no folder {space.root}", hint="correct --workspace")
+    recipe_hash = hashlib.sha256(data).hexdigest()
+    cache_key = key.of({"recipe": recipe_hash, "code": _code_fingerprint()})
     if not space.state.exists():
         recipe.compile(data, str(path))  # a recipe with mistakes leaves no folder behind
     with State(space.state) as state:
@@ -207,7 +212,7 @@ def _stage(
         current.state.remember(stage_key, output, step.name, metrics, seconds)
         finished = plan.Planned(step, "skip", (), planned.parts, output, planned.sources)
         _commit(current, finished)
-    except OSError as error:
+    except (OSError, sqlite3.OperationalError) as error:
         raise disk.full(error, space.artifacts) or error from error
     disk.remove(scratch)
     log.add(

@@ -7,6 +7,7 @@ with these components (see `key`) gave this output; a pin says which commit a hu
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,10 @@ from runner.errors import RecipeError
 
 HEADER = (
     "# Written by runner; commit it. Each line is a fact: this stage, made from this, gave that.\n"
+)
+HASH = re.compile("[0-9a-f]{64}")
+FACT_PARTS = frozenset(
+    ("stage", "output", "kind", "version", "settings", "inputs", "sources", "base_model", "seed")
 )
 CONFLICT_MARKERS = ("<<<<<<<", "=======", ">>>>>>>", "|||||||")
 
@@ -66,6 +71,8 @@ def read(path: Path) -> Lock:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return Lock()
+    except UnicodeDecodeError as error:
+        raise _no_fact(path, error.object.count(b"\n", 0, error.start) + 1) from None
     facts: list[Fact] = []
     pins: list[Pin] = []
     for number, line in enumerate(text.split("\n"), start=1):
@@ -103,14 +110,39 @@ def updated(lock: Lock, fact: Fact, stages: Iterable[str]) -> Lock:
 def _record(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line.removeprefix("- "))
-        if isinstance(record, dict) and (
-            {"stage", "output", "kind"} <= record.keys()
-            or {"base_model", "commit"} == record.keys()
-        ):
+        if isinstance(record, dict) and (_is_pin(record) or _is_fact(record)):
             return record
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
-    raise RecipeError(
+    raise _no_fact(path, number)
+
+
+def _is_pin(record: dict[str, Any]) -> bool:
+    return record.keys() == {"base_model", "commit"} and _all(record.values(), str)
+
+
+def _is_fact(record: dict[str, Any]) -> bool:
+    """Whether every part has its type, and every output is a hash and no path."""
+    inputs = record.get("inputs", {})
+    texts = (record.get(name, "") for name in ("stage", "kind", "sources", "base_model"))
+    return (
+        {"stage", "output", "kind", "version"} <= record.keys() <= FACT_PARTS
+        and _all(texts, str)
+        and _all((record["version"], record.get("seed", 0)), int)
+        and isinstance(record.get("settings", {}), dict)
+        and isinstance(inputs, dict)
+        and all(
+            isinstance(h, str) and HASH.fullmatch(h) for h in (record["output"], *inputs.values())
+        )
+    )
+
+
+def _all(values: Iterable[object], kind: type) -> bool:
+    return all(isinstance(value, kind) for value in values)
+
+
+def _no_fact(path: Path, number: int) -> RecipeError:
+    return RecipeError(
         f"{path}:{number}: this line of the lockfile is no fact",
         hint="take the file from git again, or delete it: then everything is computed anew",
     )

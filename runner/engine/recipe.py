@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from runner.stages.schema import Recipe
     from runner.stages.stage import Stage
 
+BYTES_MAX = 1 << 20
 MODELINE = "# yaml-language-server: $schema="
 
 
@@ -80,7 +81,10 @@ class RecipeProblems(RecipeError):
 def read_bytes(path: Path) -> bytes:
     """The recipe's bytes, or a sentence on why there are none."""
     try:
-        return path.read_bytes()
+        if path.exists() and not path.is_dir() and not path.is_file():
+            raise RecipeError(f"{path} is no ordinary file", hint="name a recipe file")
+        with path.open("rb") as file:
+            return file.read(BYTES_MAX + 1)  # one more than the loader takes
     except FileNotFoundError:
         hint = "check the path, or make a recipe with `runner init`"
         raise RecipeError(f"there is no recipe {path}", hint=hint) from None
@@ -140,6 +144,10 @@ def _steps(recipe: Recipe, document: Document, name: str) -> Iterable[Step]:
             continue
         if stage.uses_base_model and recipe.base_model is None:
             problem(index, f"{own_name} needs a model; add `base_model:` to the recipe")
+        if stage.input and above[stage.input][0].writes not in stage.reads:
+            makes = above[stage.input][0].writes
+            problem(index, f"{own_name} cannot read {shown(stage.input)}, which makes {makes}")
+            continue
         inputs, missing = _inputs(stage, above)
         for wanted in missing:
             makers = " or ".join(_makers(wanted))
@@ -155,7 +163,8 @@ def _steps(recipe: Recipe, document: Document, name: str) -> Iterable[Step]:
                     mode="json",
                     exclude_defaults=True,
                     exclude={"stage", "name", "input", *stage.outside_key},
-                ),
+                )
+                | ({"recipe_name": recipe.name} if stage.uses_recipe_name else {}),
                 inputs=inputs,
                 sources=stage.source_patterns(),
                 uses_base_model=stage.uses_base_model,
@@ -182,7 +191,7 @@ def _inputs(
     missing: list[str] = []
     for kind in stage.reads:
         candidates = [*_lineage(inputs.values(), above), *reversed(list(above))]
-        if stage.input and above[stage.input][0].writes in stage.reads and not inputs:
+        if stage.input and above[stage.input][0].writes == kind:
             candidates.insert(0, stage.input)
         found = next((name for name in candidates if above[name][0].writes == kind), None)
         if found is None:

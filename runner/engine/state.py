@@ -11,15 +11,19 @@ import os
 import sqlite3
 import stat
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
+from runner.errors import PreconditionError, RunnerError
+
 RACY_NS = 2_000_000_000
 """A file that changed so shortly before it was hashed may change again within one clock tick."""
+
+HASH_TRIES = 3
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
@@ -48,40 +52,56 @@ class State:
     """An open state database; use as a context manager."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._db = _opened(path)
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise
-            # Damaged: it holds nothing that cannot be found out again.
-            path.replace(path.with_suffix(".damaged"))
+        except (OSError, sqlite3.OperationalError):
+            # No right to write here: who only looks needs no memory.
+            self._db = _opened(Path(":memory:"))
+        except sqlite3.DatabaseError:
+            self._put_aside()
             self._db = _opened(path)
 
     def __enter__(self) -> State:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        with suppress(sqlite3.OperationalError):
-            self._db.commit()
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._db.close()
+        damaged = isinstance(error, sqlite3.DatabaseError) and "full" not in str(error)
+        if damaged and "locked" not in str(error) and "readonly" not in str(error):
+            self._put_aside()
+            raise RunnerError(
+                f"{self._path} was damaged ({error}) and has been put aside",
+                hint="run the same command again: it held nothing that cannot be found out anew",
+            ) from None
+
+    def _put_aside(self) -> None:
+        self._path.replace(self._path.with_suffix(".damaged"))
 
     def hashes(self, paths: Iterable[Path], *, trust_stat: bool = True) -> dict[Path, str]:
         """The SHA-256 of each file; one that has not changed since it was hashed is not opened."""
+        # One statement is one transaction: nobody holds the database while a stage is at work.
         rows = self._db.execute("SELECT path, size, mtime, ctime, inode, sha256 FROM files")
         known = {row[0]: row[1:] for row in rows}
         found: dict[Path, str] = {}
         fresh: list[tuple[Any, ...]] = []
         for path in paths:
             signature = _signature(path.stat())
-            before = known.get(str(path))
+            before = known.get(_spelled(path))
             if trust_stat and before is not None and before[:4] == signature:
                 found[path] = before[4]
                 continue
             found[path], signature = _hashed(path)
             if time.time_ns() - max(signature[1], signature[2]) > RACY_NS:
-                fresh.append((str(path), *signature, found[path]))
-        self._db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", fresh)
+                fresh.append((_spelled(path), *signature, found[path]))
+        if fresh:
+            with self._quietly():
+                self._db.execute("BEGIN")
+                self._db.executemany(
+                    "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", fresh
+                )
+                self._db.execute("COMMIT")
         return found
 
     def made(self, key: str) -> list[Made]:
@@ -98,7 +118,6 @@ class State:
     ) -> None:
         row = (key, output, stage, json.dumps(metrics), seconds, time.time())
         self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?, ?, ?)", row)
-        self._db.commit()
 
     def manifest(self, hash: str) -> dict[str, str] | None:
         """The files of a manifest seen before: name → SHA-256."""
@@ -106,20 +125,32 @@ class State:
         return json.loads(row[0]) if row else None
 
     def remember_manifest(self, hash: str, files: dict[str, str]) -> None:
-        row = (hash, json.dumps(files))
-        self._db.execute("INSERT OR IGNORE INTO manifests VALUES (?, ?)", row)
+        if self.manifest(hash) is None:
+            with self._quietly():
+                row = (hash, json.dumps(files))
+                self._db.execute("INSERT OR IGNORE INTO manifests VALUES (?, ?)", row)
 
     def compiled(self, hash: str) -> dict[str, Any] | None:
         row = self._db.execute("SELECT compiled FROM recipes WHERE hash = ?", (hash,)).fetchone()
         return json.loads(row[0]) if row else None
 
     def remember_compiled(self, hash: str, compiled: dict[str, Any]) -> None:
-        row = (hash, json.dumps(compiled))
-        self._db.execute("INSERT OR REPLACE INTO recipes VALUES (?, ?)", row)
+        with self._quietly():
+            row = (hash, json.dumps(compiled))
+            self._db.execute("INSERT OR REPLACE INTO recipes VALUES (?, ?)", row)
+
+    @contextmanager
+    def _quietly(self) -> Iterator[None]:
+        """What is only remembered to be fast may be forgotten: a read-only or busy database."""
+        try:
+            yield
+        except sqlite3.OperationalError:
+            with suppress(sqlite3.OperationalError):
+                self._db.execute("ROLLBACK")
 
 
 def _opened(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path, timeout=60)
+    db = sqlite3.connect(path, timeout=60, isolation_level=None)
     try:
         db.executescript(SCHEMA)
     except sqlite3.Error:
@@ -134,7 +165,7 @@ def _signature(status: os.stat_result) -> tuple[int, int, int, int]:
 
 def _hashed(path: Path) -> tuple[str, tuple[int, int, int, int]]:
     """The hash of a file that did not change meanwhile, with its signature."""
-    while True:
+    for _ in range(HASH_TRIES):
         with path.open("rb") as file:
             before = os.fstat(file.fileno())
             if not stat.S_ISREG(before.st_mode):
@@ -143,3 +174,11 @@ def _hashed(path: Path) -> tuple[str, tuple[int, int, int, int]]:
             after = os.fstat(file.fileno())
         if _signature(before) == _signature(after):
             return sha256, _signature(after)
+    raise PreconditionError(
+        f"{path} keeps changing while it is read", hint="run again when nothing writes to it"
+    )
+
+
+def _spelled(path: Path) -> str:
+    """The path as text that a database takes, whatever bytes are in it."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

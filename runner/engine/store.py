@@ -40,5 +40,8 @@ def stage(workspace: Workspace, name: str) -> Path:
 def publish(workspace: Workspace, staged: Path) -> str:
     """Makes a finished output part of the store; its hash."""
     output = content_hash(staged)
-    disk.publish(staged, path_of(workspace, output))
+    final = path_of(workspace, output)
+    if final.is_dir() and content_hash(final) != output:
+        disk.remove(final)  # damaged; the same content is at hand
+    disk.publish(staged, final)
     return output

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from runner.errors import PreconditionError
 
 MARKERS = (".git", "pyproject.toml", "artifacts")
-TEMPORARY_ENDINGS = ("~", ".part", ".tmp", ".crdownload")
+PASSED_OVER_ENDINGS = ("~", ".part", ".tmp", ".crdownload", ".lock")
 
 
 @dataclass(frozen=True)
@@ -65,39 +66,71 @@ def around(recipe: Path) -> Workspace:
 def matching(root: Path, pattern: str) -> list[Path]:
     """The files that one source names: a file, all files below a folder, or a glob.
 
-    Dot files and files that another program is still writing (`.part`, `.tmp`, …) do not count.
+    Dot files, lockfiles and what another program is still writing (`.part`, `.tmp`, …) do not
+    count, nor does `artifacts/`. Only an absolute path may lead out of the workspace.
     """
-    if any(char in pattern for char in "*?["):
-        found = root.glob(pattern) if not Path(pattern).is_absolute() else _absolute_glob(pattern)
-        return [path for path in found if path.is_file() and wanted(path.name)]
     path = root / pattern
+    if not Path(pattern).is_absolute() and ".." in Path(pattern).parts:
+        raise PreconditionError(
+            f"source {pattern!r} leads out of the workspace {root}",
+            hint="write an absolute path if that is meant",
+        )
     if path.is_dir():
-        return [
-            file
-            for file in path.rglob("*")
-            if wanted(file.name) and not _hidden(file.relative_to(path)) and file.is_file()
-        ]
-    if path.is_file():
-        return [path]
-    raise PreconditionError(
-        f"source {pattern!r} is not there (looked for {path})",
-        hint="paths in a recipe are relative to the workspace; correct it or put the file there",
-    )
+        found = _below(path, root / "artifacts")
+    elif path.is_file():
+        found = [path]
+    elif any(char in pattern for char in "*?["):
+        found = [file for file in _globbed(root, pattern) if file.is_file() and wanted(file.name)]
+    else:
+        raise PreconditionError(
+            f"source {pattern!r} is not there (looked for {path})",
+            hint="paths in a recipe are relative to the workspace; correct it or put it there",
+        )
+    if not Path(pattern).is_absolute():
+        _refuse_links_out(root, found)
+    return found
+
+
+def _below(folder: Path, without: Path) -> list[Path]:
+    """All regular files below the folder; a folder that may not be entered is an error."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found: list[Path] = []
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        here = Path(parent)
+        folders[:] = [n for n in folders if not n.startswith(".") and here / n != without]
+        found += [file for n in names if wanted(n) and (file := here / n).is_file()]
+    return found
+
+
+def _globbed(root: Path, pattern: str) -> list[Path]:
+    start = Path(Path(pattern).anchor) if Path(pattern).is_absolute() else root
+    relative = str(Path(pattern).relative_to(start)) if start != root else pattern
+    try:
+        return list(start.glob(f"{relative}/*" if relative.endswith("**") else relative))
+    except ValueError as error:
+        raise PreconditionError(
+            f"source {pattern!r} is no glob: {error}", hint="** stands alone between slashes"
+        ) from error
+
+
+def _refuse_links_out(root: Path, found: list[Path]) -> None:
+    inside = root.resolve()
+    for path in found:
+        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            raise PreconditionError(
+                f"{path} is a link that leads out of the workspace, to {path.resolve()}",
+                hint="name the file it leads to by an absolute path in `sources:`",
+            )
 
 
 def wanted(name: str) -> bool:
-    return not name.startswith(".") and not name.endswith(TEMPORARY_ENDINGS)
+    return not name.startswith(".") and not name.endswith(PASSED_OVER_ENDINGS)
 
 
 def named(root: Path, path: Path) -> str:
     """How records call a file: relative to the workspace with forward slashes, if it is inside."""
-    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _absolute_glob(pattern: str) -> list[Path]:
-    anchor = Path(Path(pattern).anchor)
-    return list(anchor.glob(str(Path(pattern).relative_to(anchor))))
+    name = path.relative_to(root) if path.is_relative_to(root) else path
+    return os.fsencode(name.as_posix()).decode("utf-8", "backslashreplace")

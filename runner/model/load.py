@@ -31,7 +31,7 @@ from transformers.integrations.gguf.reader import read_gguf_metadata
 from transformers.utils import logging as transformers_logging
 
 from runner import disk
-from runner.errors import PreconditionError
+from runner.errors import PreconditionError, RunnerError
 from runner.model import gguf_header
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -56,7 +56,7 @@ def base_folder(source: Path, cache: Path) -> Path:
 
 def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, as its files say."""
-    with _quiet():
+    with _quiet(), _whole_files(folder):
         return cast(
             PreTrainedTokenizerBase,
             AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
@@ -84,7 +84,7 @@ def causal_lm(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute_dtype,
         )
-    with _quiet():
+    with _quiet(), _whole_files(folder):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=compute_dtype,
@@ -228,3 +228,19 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _whole_files(folder: Path) -> Iterator[None]:
+    """Names the model whose files the libraries stumble over, in whatever way they do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, RunnerError):
+        raise
+    except Exception as error:
+        said = str(error).strip().split("\n")[0][:200]
+        raise PreconditionError(
+            f"the model {folder} cannot be read: {type(error).__name__}: {said}",
+            hint="its files are damaged, or of a kind that this version of transformers does not "
+            "know; get the model again",
+        ) from error

@@ -97,6 +97,10 @@ def _in_package(spec: str) -> Path:
     from importlib import metadata
 
     package, _, inside = spec.removeprefix("package:").partition("/")
+    if not package or not inside:
+        raise PreconditionError(
+            f"base_model {spec!r} is not complete", hint="write package:NAME/FILE"
+        )
     try:
         files = metadata.files(package) or []
     except metadata.PackageNotFoundError:

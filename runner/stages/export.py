@@ -35,6 +35,7 @@ class Export(Stage):
     reads = ("model",)
     writes = "export"
     uses_base_model = True
+    uses_recipe_name = True
     own_process = True
 
     def run(self, dirs: Dirs) -> Metrics:

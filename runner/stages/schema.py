@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from runner.stages import AnyStage
 from runner.stages.stage import NAME, Settings
+
+RESERVED_NAMES = ("apply.lock", "cache", "runs", "scratch", "state.db", "state.damaged", "store")
 
 
 class Recipe(Settings):
@@ -21,6 +23,13 @@ class Recipe(Settings):
     """Where all randomness comes from; the same seed gives the same order and the same start."""
     stages: Annotated[tuple[AnyStage, ...], Field(min_length=1)]
     """What is done, from top to bottom; a recipe may stop after any stage."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_not_taken(cls, name: str) -> str:
+        if name.lower() in RESERVED_NAMES:
+            raise ValueError(f"cannot be {name!r}: artifacts/{name} is the runner's own")
+        return name
 
 
 def json_schema() -> dict[str, Any]:

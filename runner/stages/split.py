@@ -38,7 +38,8 @@ class Split(Stage):
         if self.eval_fraction and len(held_out) < 5:
             text = (
                 f"{len(held_out)} of {len(contents)} conversations are kept for eval: "
-                "its loss will be noisy; more data or a larger eval_fraction would help"
+                "its loss will be noisy, and with one or two more data may choose others; "
+                "more data or a larger eval_fraction would help"
             )
             dirs.emit({"event": "warning", "text": text})
         return {

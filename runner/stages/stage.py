@@ -69,6 +69,7 @@ class Stage(Settings):
     writes: ClassVar[Kind]
     uses_base_model: ClassVar[bool] = False
     uses_seed: ClassVar[bool] = False
+    uses_recipe_name: ClassVar[bool] = False
     own_process: ClassVar[bool] = False
     """Imports torch, so it runs in a child process."""
     rebuilds: ClassVar[bool] = True

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from runner.chat import jsonl
 from runner.chat.conversation import replies
@@ -42,6 +42,13 @@ class Window(Stage):
     reads = ("conversations",)
     writes = "chains"
     shows: ClassVar[Mapping[str, str]] = {"": "chains.jsonl"}
+
+    @model_validator(mode="after")
+    def _makes_windows(self) -> Window:
+        kinds = self.pairs or self.expanding or self.sliding_turns
+        if self.mode == "conversational" and not kinds:
+            raise ValueError("makes no windows; leave pairs or expanding on, or give sliding_turns")
+        return self
 
     def run(self, dirs: Dirs) -> Metrics:
         instruct = self.mode == "instruct"

@@ -33,7 +33,7 @@ MERGED = "*.lock merge=union\n"
 
 def write(folder: Path, name: str) -> list[Path]:
     """Writes what is not there yet; an existing recipe is never touched. The recipe comes first."""
-    if not re.match(NAME, name):
+    if not re.fullmatch(NAME, name):
         raise RecipeError(
             f"{name!r} cannot be a recipe's name",
             hint="use letters, digits, `.`, `_` and `-`, starting with a letter or digit",
@@ -43,7 +43,8 @@ def write(folder: Path, name: str) -> list[Path]:
         raise RecipeError(f"{recipe} is there already", hint="give another name, or edit it")
     schema = folder / "schemas" / "recipe.schema.json"
     data = folder / "data" / name
-    for path in (recipe.parent, schema.parent, data):
+    # `artifacts` marks the workspace: paths in the recipe start from this folder.
+    for path in (recipe.parent, schema.parent, data, folder / "artifacts"):
         path.mkdir(parents=True, exist_ok=True)
     written = [recipe]
     disk.write_whole(recipe, RECIPE.format(modeline=MODELINE, name=name).encode())
@@ -51,9 +52,9 @@ def write(folder: Path, name: str) -> list[Path]:
         disk.write_whole(schema, (json.dumps(json_schema(), indent=2) + "\n").encode())
         written.append(schema)
     for path, line in ((folder / ".gitignore", IGNORED), (folder / ".gitattributes", MERGED)):
-        before = path.read_text() if path.exists() else ""
-        if line not in before:
-            gap = "" if not before or before.endswith("\n") else "\n"
-            disk.write_whole(path, (before + gap + line).encode())
+        before = path.read_bytes() if path.exists() else b""
+        if line.strip().encode() not in before.split():
+            gap = b"" if not before or before.endswith(b"\n") else b"\n"
+            disk.write_whole(path.resolve(), before + gap + line.encode())
             written.append(path)
     return written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -44,7 +45,8 @@ def _message(index: int, raw: object) -> Message:
     role = ROLE_WORDS.get(word.lower()) if isinstance(word, str) else None
     if role is None:
         raise _Unreadable(
-            f"message {index} has role {word!r}; roles are system, user, assistant, tool"
+            f"message {index} has role {reprlib.repr(word)}; "
+            "roles are system, user, assistant, tool"
         )
     if content is None:
         return Message(role, "")
@@ -53,4 +55,4 @@ def _message(index: int, raw: object) -> Message:
         content = "\n\n".join(part for part in parts if isinstance(part, str))
     if not isinstance(content, str):
         raise _Unreadable(f"message {index} has content that is neither a text nor a list of parts")
-    return Message(role, content)
+    return Message(role, content, learned=raw.get("weight") != 0 and raw.get("train") is not False)

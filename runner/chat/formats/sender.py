@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -21,14 +22,16 @@ def read(path: str, records: Iterable[Value]) -> Iterator[Conversation | Rejecte
         sender = item.value["sender"]
         role = ROLE_WORDS.get(sender.lower()) if isinstance(sender, str) else None
         if role not in ("user", "assistant"):
-            yield item.rejected(path, f"sender is {sender!r}; it must be 'User' or 'Claude'")
+            yield item.rejected(
+                path, f"sender is {reprlib.repr(sender)}; it must be 'User' or 'Claude'"
+            )
             continue
         # Both keys may be present, the other one empty; an absent or null text is an empty one.
         text = item.value.get(TEXT_KEYS[role])
         if text is None:
             text = ""
         if not isinstance(text, str):
-            yield item.rejected(path, f"{TEXT_KEYS[role]} must be a text, not {text!r}")
+            yield item.rejected(path, f"{TEXT_KEYS[role]} must be a text, not {reprlib.repr(text)}")
             continue
         messages.append(Message(role, text))
     said = tidy(messages)
