@@ -14,22 +14,15 @@ import pytest
 
 from runner.chat import rules
 from runner.engine import recipe
-from tests.workspaces import causes, make, rows, states
+from tests.workspaces import DATA_RECIPE, causes, make, rows, states
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
 ALL = ["ingest", "window", "split", "tokenize", "train", "evaluate", "export"]
 
-TINY = """\
-name: small
-base_model: ./base
-stages:
-  - stage: ingest
-    sources: [chats]
-  - stage: window
-    mode: conversational
-  - stage: split
-    eval_fraction: 0.3
+TINY = (
+    DATA_RECIPE.replace("name: small", "name: small\nbase_model: ./base").replace("0.2", "0.3")
+    + """\
   - stage: tokenize
   - stage: train
     method: {method}
@@ -42,6 +35,7 @@ stages:
     gguf: [f16, q8_0, q4_k_m]
     ollama: true
 """
+)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import reprlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -118,8 +120,7 @@ def _concatenated(text: str, whole: json.JSONDecodeError) -> Iterator[Value | Br
             yield Broken(_syntax(error if index else whole), error.lineno)
             return
         except (ValueError, RecursionError) as error:
-            reason = str(error) if isinstance(error, _Unreadable) else "is nested too deeply"
-            yield Broken(reason, text.count("\n", 0, position) + 1)
+            yield Broken(_reason(error), text.count("\n", 0, position) + 1)
             return
         yield Value(value, index)
         index += 1
@@ -128,12 +129,10 @@ def _concatenated(text: str, whole: json.JSONDecodeError) -> Iterator[Value | Br
 def _parsed(text: str) -> Any:
     try:
         value = _decoder.decode(text)
-    except RecursionError:
-        raise _Unreadable(f"is nested more than {MAX_DEPTH} levels deep") from None
-    except (json.JSONDecodeError, _Unreadable):
+    except json.JSONDecodeError:
         raise
-    except ValueError:
-        raise _Unreadable("has a number with too many digits") from None
+    except (ValueError, RecursionError) as error:
+        raise _Unreadable(_reason(error)) from None
     _check(value)
     return value
 
@@ -158,10 +157,18 @@ def _check(value: Any) -> None:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _Unreadable(f"has the key {twice!r} twice in one object")
+        ((most, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise _Unreadable(f"has the key {reprlib.repr(most)} twice in one object")
     return found
+
+
+def _reason(error: ValueError | RecursionError) -> str:
+    """Why the parser stopped where the syntax was right."""
+    if isinstance(error, _Unreadable):
+        return str(error)
+    if isinstance(error, RecursionError):
+        return f"is nested more than {MAX_DEPTH} levels deep"
+    return "has a number with too many digits"
 
 
 def _constant(word: str) -> NoReturn:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.model import adapter as adapters
-from runner.model import gguf
+from runner.model import gguf, ollama
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -59,5 +59,5 @@ def write(
         if modelfile:
             step("the Modelfile")
             smallest = min(output.glob("*.gguf"), key=lambda path: path.stat().st_size).name
-            text = gguf.modelfile(whole, smallest, num_ctx=context_tokens, system=system)
+            text = ollama.modelfile(whole, smallest, num_ctx=context_tokens, system=system)
             (output / "Modelfile").write_text(text, encoding="utf-8")

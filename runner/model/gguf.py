@@ -24,7 +24,6 @@ from runner import disk
 from runner.errors import PreconditionError, RunnerError
 from runner.model import gguf_header
 from runner.model.gguf_header import Header, Tensor, TensorType
-from runner.model.ollama import modelfile as modelfile
 
 Dtype = Literal["f32", "f16", "bf16"]
 Level = Literal["f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"]
