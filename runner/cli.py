@@ -122,24 +122,31 @@ def _parser() -> argparse.ArgumentParser:
     cat.add_argument("--rejected", action="store_const", dest="view", const="rejected", default="")
     cat.add_argument("--replies", action="store_const", dest="view", const="replies")
     preview = command("preview", _preview, "show which tokens carry loss, and how much")
-    preview.add_argument("-n", type=int, default=3, metavar="N", help="examples to show (3)")
+    preview.add_argument("-n", type=_count, default=3, metavar="N", help="examples to show (3)")
     chat = command("chat", _chat, "talk with the exported model")
     chat.add_argument("--gguf", metavar="LEVEL", help="which export, q4_k_m say; else the smallest")
     chat.add_argument("--base", action="store_true", help="talk with the untrained model")
     chat.add_argument("--once", metavar="PROMPT", help="one reply, then end")
     chat.add_argument(
         "--compare",
-        type=int,
+        type=_count,
         metavar="N",
         help="answers of base and tuned model to N held-out prompts, side by side",
     )
     chat.add_argument(
-        "--max-tokens", type=int, default=256, metavar="N", help="longest reply (256)"
+        "--max-tokens", type=_count, default=256, metavar="N", help="longest reply (256)"
     )
     command("status", _status, "say what was made last, from what, and how large it is")
     schema = command("schema", _schema, "print the JSON Schema of recipes", recipe=False)
     schema.add_argument("--write", type=Path, metavar="FILE", help="write it there instead")
     return parser
+
+
+def _count(text: str) -> int:
+    """A number of things for argparse, whose own message names the value."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
+    return int(text)
 
 
 def _report(message: str, hint: str, exit_code: int, *, as_json: bool) -> None:

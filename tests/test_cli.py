@@ -175,3 +175,16 @@ def test_the_data_stages_import_nothing_heavy(tmp_path: Path) -> None:
     recipe = make(tmp_path, DATA_RECIPE)
     code = f"from runner import cli; cli.main(['apply', {str(recipe)!r}])"
     assert not imported(code) & set(HEAVY)
+
+
+def test_a_count_is_a_number_from_1_up() -> None:
+    done = run("preview", "r.yaml", "-n", "-3")
+    assert done.returncode == 2
+    assert "is not a number from 1 up" in done.stderr
+
+
+def test_debug_says_which_keys_and_outputs_are_known(tmp_path: Path) -> None:
+    recipe = make(tmp_path)
+    apply(recipe)
+    done = run("plan", str(recipe), "--debug")
+    assert "runner.engine.plan: ingest: key " in done.stderr

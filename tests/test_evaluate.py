@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 
 from runner.chat import jsonl, rules
-from runner.errors import RunnerError
+from runner.errors import PreconditionError, RunnerError
+from runner.model import measure
 from runner.model.measure import Measured
 from runner.stages.evaluate import Rule, fail_broken, flat, held_out, judged, verdicts
 
@@ -71,3 +72,15 @@ def test_prompts_are_the_first_questions_of_eval_conversations(tmp_path: Path) -
     jsonl.write(tmp_path / "chains.jsonl", chains)
     assert held_out(tmp_path, tmp_path, 5) == {"b": messages[:2], "c": messages[:2]}
     assert list(held_out(tmp_path, tmp_path, 1)) == ["b"]
+
+
+def test_a_slow_pattern_is_one_sentence() -> None:
+    with pytest.raises(RunnerError, match=r"needs more than 1 s for one text"):
+        rules.share(["a" * 5000 + "b"], r"(a|aa)+$")
+
+
+@pytest.mark.parametrize(("data", "reason"), [(b"\n \n", "holds no text"), (b"\xff", "not UTF-8")])
+def test_a_retention_file_without_text_is_said(tmp_path: Path, data: bytes, reason: str) -> None:
+    (tmp_path / "r.txt").write_bytes(data)
+    with pytest.raises(PreconditionError, match=reason):
+        measure._pieces(tmp_path / "r.txt")

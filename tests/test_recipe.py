@@ -181,3 +181,14 @@ def test_defaults_are_frozen() -> None:
 
 def test_the_recipe_class_has_no_other_fields() -> None:
     assert list(Recipe.model_fields) == ["name", "base_model", "seed", "stages"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ("gguf: []\n    ollama: true", "has ollama but no gguf level"),
+        ("gguf: []\n    adapter: false\n    merged: false", "would write nothing"),
+    ],
+)
+def test_an_export_that_cannot_be_is_found_at_once(settings: str, sentence: str) -> None:
+    assert any(sentence in problem for problem in problems(in_stage(settings, "export")))

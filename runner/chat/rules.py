@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import regex
 
+from runner.errors import RunnerError
+
 TIMEOUT_S = 1.0
 """For one rule on one text; a pattern that needs longer is a mistake in the pattern."""
 
@@ -21,5 +23,11 @@ def keeps(text: str, pattern: str) -> bool:
 
 
 def share(texts: Sequence[str], pattern: str) -> float:
-    """The share of the texts in which the pattern is found; 0 of none."""
-    return sum(keeps(text, pattern) for text in texts) / max(1, len(texts))
+    """The share of the texts in which the pattern is found; 0 of none. Raises on a slow one."""
+    try:
+        return sum(keeps(text, pattern) for text in texts) / max(1, len(texts))
+    except TimeoutError:
+        raise RunnerError(
+            f"the pattern {pattern!r} needs more than {TIMEOUT_S:g} s for one text",
+            hint="write it without a repetition inside a repetition, like (a+)+",
+        ) from None

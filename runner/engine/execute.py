@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import signal
 import sqlite3
@@ -35,6 +36,8 @@ from runner.errors import (
     RunnerError,
 )
 from runner.model import source
+
+logger = logging.getLogger(__name__)
 
 CODES: dict[int, type[RunnerError]] = {
     kind.exit_code: kind for kind in (InterruptedRun, PreconditionError, RecipeError, RunnerError)
@@ -111,7 +114,7 @@ def apply(
 def _run(current: Opened, listen: Callable[[events.Event], None]) -> None:
     started = time.strftime("%Y%m%d-%H%M%S")
     folder = current.workspace.runs / f"{started}-{os.getpid()}-{current.compiled.name}"
-    with events.Log(folder / "events.jsonl", listen) as log, _signals_interrupt():
+    with events.Log(folder / "events.jsonl", listen) as log:
         names = [step.name for step in current.compiled.steps]
         log.add({"event": "run_started", "recipe": current.compiled.name, "stages": names})
         state = "failed"
@@ -181,6 +184,7 @@ def _stage(
     stage_key = key.of(planned.parts)
     causes = [cause.text for cause in planned.causes]
     log.add({"event": "stage_started", "stage": step.name, "causes": causes})
+    logger.debug("%s: key %s from %s", step.name, stage_key, planned.parts)
     started = time.monotonic()
     scratch = space.scratch / stage_key[:32]
     try:
@@ -313,6 +317,9 @@ def _in_child(
                 child.kill() if asked_to_stop else child.terminate()
                 asked_to_stop = True
         code = child.wait()
+        logger.debug(
+            "%s: child %d ended with %d; its output: %s", step.name, child.pid, code, log_path
+        )
     if code == 0 and result is not None:
         return result
     if error is not None:
@@ -337,22 +344,6 @@ def _child_environment() -> dict[str, str]:
     """Ours, without the threads and progress bars that libraries start by themselves."""
     quiet = {"TOKENIZERS_PARALLELISM": "true", "HF_HUB_DISABLE_TELEMETRY": "1"}
     return {**quiet, **os.environ, "PYTHONUNBUFFERED": "1"}
-
-
-@contextlib.contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """While it is open, SIGTERM and SIGHUP do what ctrl-C does."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {name: signal.signal(getattr(signal, name), interrupt) for name in names}
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
 
 
 @contextlib.contextmanager

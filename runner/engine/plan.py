@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from runner.engine.state import State
 from runner.engine.workspace import Workspace
 from runner.errors import PreconditionError
 from runner.model import source
+
+logger = logging.getLogger(__name__)
 
 Reason = Literal[
     "never run",
@@ -113,6 +116,7 @@ def decide(step: Step, above: Mapping[str, Planned], world: World) -> Planned:
         return Planned(step, state, tuple(causes), None, None, files)
 
     outputs = known_outputs(key.of(parts), world)
+    logger.debug("%s: key %s, known outputs %s", step.name, key.of(parts), outputs)
     for output in outputs:
         if store.holds(world.workspace, output):
             return Planned(step, "skip", (), parts, output, files)

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from peft import PeftModel
 
+from runner.errors import PreconditionError
 from runner.model import adapter, generate, load, score, sft, template, tokens
 
 NEUTRAL_ENGLISH = Path(__file__).parent / "retention" / "english.txt"
@@ -72,4 +73,15 @@ def both(
 
 def _pieces(path: Path) -> list[str]:
     """The paragraphs of a text file."""
-    return [piece for piece in path.read_text(encoding="utf-8-sig").split("\n\n") if piece.strip()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PreconditionError(
+            f"retention: {path} is not UTF-8 text (byte {error.start})", hint="save it as UTF-8"
+        ) from None
+    pieces = [piece for piece in text.split("\n\n") if len(piece.split()) > 1]
+    if not pieces:
+        raise PreconditionError(
+            f"retention: {path} holds no text", hint="name a file with some paragraphs of prose"
+        )
+    return pieces

@@ -70,6 +70,11 @@ class Evaluate(Stage):
         from runner.model import load, measure
 
         asked = held_out(dirs.inputs["split"], dirs.inputs["conversations"], self.prompts)
+        if self.rules and not asked:
+            raise RunnerError(
+                "evaluate: there is no held-out prompt to judge the rules on",
+                hint="raise eval_fraction in split or prompts here, or delete the rules",
+            )
         base, tuned = measure.both(
             base=load.base_folder(dirs.base, dirs.cache),
             model=dirs.inputs["model"],

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from runner.stages.stage import Dirs, Metrics, Stage
 
@@ -37,6 +37,14 @@ class Export(Stage):
     uses_base_model = True
     uses_recipe_name = True
     own_process = True
+
+    @model_validator(mode="after")
+    def _writes_something_whole(self) -> Export:
+        if self.ollama and not self.gguf:
+            raise ValueError("has ollama but no gguf level; add `gguf: [q4_k_m]`, say")
+        if not (self.adapter or self.merged or self.gguf):
+            raise ValueError("would write nothing; leave adapter or merged on, or give gguf levels")
+        return self
 
     def run(self, dirs: Dirs) -> Metrics:
         from runner.model import export, load
