@@ -100,14 +100,14 @@ def test_a_source_that_changes_while_it_is_read_is_planned_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make(tmp_path)
-    read, touched = ingest.conversations, []
+    read, touched = ingest.parsed, []
 
     def change_once(*arguments: object) -> object:
         if not touched:
             touched.append(chat(tmp_path / "chats" / "chat-0.json", "changed", "meanwhile"))
         return read(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ingest, "conversations", change_once)
+    monkeypatch.setattr(ingest, "parsed", change_once)
     log: list[events.Event] = []
     apply(recipe, log.append)
     assert any("changed while it was being read" in e.get("text", "") for e in log)

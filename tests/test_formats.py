@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 
+from runner.chat import files
 from runner.chat.conversation import Conversation, Rejected
-from runner.chat.formats import read_file
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 def read(value: Any, format: str = "auto") -> tuple[list[Conversation], list[Rejected]]:
     data = value if isinstance(value, bytes) else json.dumps(value).encode()
-    found = list(read_file("f.json", data, format))
+    found = list(files.read("f.json", data, format))
     return (
         [item for item in found if isinstance(item, Conversation)],
         [item for item in found if isinstance(item, Rejected)],

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.chat.formats import read_file
+from runner.chat import files
 from runner.engine import store
 from runner.engine.workspace import Workspace
 from runner.errors import PreconditionError, RecipeError, RunnerError
@@ -224,7 +224,7 @@ def test_alpaca_history_and_system_come_before() -> None:
         "system": "s",
         "history": [["a", "b"]],
     }
-    (found,) = read_file("f", json.dumps(record).encode(), "auto")
+    (found,) = files.read("f", json.dumps(record).encode())
     assert [m.content for m in found.messages] == ["s", "a", "b", "c", "d"]  # type: ignore[union-attr]
 
 
@@ -237,7 +237,7 @@ def test_alpaca_history_and_system_come_before() -> None:
     ],
 )
 def test_odd_json_costs_only_itself(data: bytes, reason: str) -> None:
-    assert any(reason in item.reason for item in read_file("f", data, "auto"))  # type: ignore[union-attr]
+    assert any(reason in item.reason for item in files.read("f", data))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", ["store", "Runs", "state.db"])

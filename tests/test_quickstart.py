@@ -45,14 +45,15 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def conversations() -> list[dict[str, Any]]:
     """All of data/quickstart as the recipe's first stage reads it."""
-    from runner.chat.conversation import Conversation
-    from runner.chat.formats import read_file
+    from runner.chat import files
+    from runner.chat.conversation import Conversation, content_hash
 
     found = []
     for path in sorted((ROOT / "data" / "quickstart").rglob("*.json*")):
-        for item in read_file(path.name, path.read_bytes(), "auto"):
+        for item in files.read(path.name, path.read_bytes()):
             assert isinstance(item, Conversation), item
-            found.append(item.record(item.content_hash))
+            record = item.record()
+            found.append({"id": content_hash(record), **record})
     return found
 
 

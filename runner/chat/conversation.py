@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -15,12 +15,15 @@ ROLE_WORDS: dict[str, Role] = {
     "developer": "system",
     "user": "user",
     "human": "user",
+    "me": "user",
     "prompter": "user",
     "assistant": "assistant",
     "claude": "assistant",
+    "char": "assistant",
     "gpt": "assistant",
     "model": "assistant",
     "bot": "assistant",
+    "ai": "assistant",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
@@ -33,10 +36,24 @@ class Message:
     content: str
     learned: bool = True
     """False for a reply that carries no loss, because its source says so."""
+    thinking: str = ""
+    """What the model thought before it answered; kept beside the text, not part of it."""
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    """`{"name", "arguments"}` each; kept beside the text."""
 
     def record(self) -> dict[str, Any]:
         plain: dict[str, Any] = {"role": self.role, "content": self.content}
-        return plain if self.learned else {**plain, "weight": 0}
+        if not self.learned:
+            plain["weight"] = 0
+        if self.thinking:
+            plain["thinking"] = self.thinking
+        if self.tool_calls:
+            plain["tool_calls"] = [dict(call) for call in self.tool_calls]
+        return plain
+
+    @property
+    def says_nothing(self) -> bool:
+        return not (self.content.strip() or self.thinking.strip() or self.tool_calls)
 
 
 @dataclass(frozen=True)
@@ -49,26 +66,93 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Content:
+    """What a format reader finds: a conversation, a preference or a document, without its place.
+
+    A preference is a prompt (`messages`) with a better and a worse reply, or a whole conversation
+    with a `label`; a document has `text` and no messages.
+    """
+
+    messages: tuple[Message, ...] = ()
+    text: str = ""
+    group: str = ""
+    """What the branches of one conversation share, so that they are never split apart."""
+    tools: tuple[Any, ...] = ()
+    """Descriptions of the tools that could be called, as the source has them."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    chosen: tuple[Message, ...] = ()
+    rejected: tuple[Message, ...] = ()
+    label: bool | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Plain data; parts that say nothing are left out."""
+        plain: dict[str, Any] = {"text": self.text} if self.text else {}
+        if not self.text:
+            plain["messages"] = [message.record() for message in self.messages]
+        for name in ("chosen", "rejected"):
+            if said := getattr(self, name):
+                plain[name] = [message.record() for message in said]
+        if self.label is not None:
+            plain["label"] = self.label
+        if self.group:
+            plain["group"] = self.group
+        if self.tools:
+            plain["tools"] = list(self.tools)
+        if self.metadata:
+            plain["metadata"] = dict(self.metadata)
+        return plain
+
+
+def content_hash(record: Mapping[str, Any]) -> str:
+    """16 hex digits that depend on what is said alone, so equal conversations share them.
+
+    `record` is what `Content.record` gives; its group, tools and metadata do not count.
+    """
+    if "text" in record:
+        parts: list[Any] = ["text", record["text"]]
+    else:
+        parts = _said(record["messages"])
+        for name in ("chosen", "rejected"):
+            if name in record:
+                parts.append([name, _said(record[name])])
+        if "label" in record:
+            parts.append(["label", record["label"]])
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()[:16]
+
+
+def _said(messages: Iterable[Mapping[str, Any]]) -> list[Any]:
+    found: list[Any] = []
+    for message in messages:
+        beside = [message[name] for name in ("thinking", "tool_calls") if name in message]
+        weight = [message["weight"]] if "weight" in message else []
+        found.append([message["role"], message["content"], *weight, *beside])
+    return found
+
+
+@dataclass(frozen=True)
 class Conversation:
     source: Source
-    messages: tuple[Message, ...]
+    content: Content
+    merged: int = 0
+    """How many messages were joined to the one before, because both had one role."""
+    empty: int = 0
+    """How many messages said nothing and are left out."""
 
     @property
-    def content_hash(self) -> str:
-        """16 hex digits that depend on roles and texts alone, so equal conversations share them."""
-        parts = [[m.role, m.content, *([] if m.learned else [0])] for m in self.messages]
-        said = json.dumps(parts, ensure_ascii=True)
-        return hashlib.sha256(said.encode()).hexdigest()[:16]
+    def messages(self) -> tuple[Message, ...]:
+        return self.content.messages
 
-    def record(self, id: str) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
+        """Plain data, without the id that it gets among the others."""
+        counts = {"merged": self.merged, "empty": self.empty}
         return {
-            "id": id,
             "source": {
                 "path": self.source.path,
                 "format": self.source.format,
                 "index": self.source.index,
             },
-            "messages": [message.record() for message in self.messages],
+            **self.content.record(),
+            **{name: count for name, count in counts.items() if count},
         }
 
 
@@ -90,45 +174,64 @@ class Rejected:
         return {"path": self.path, **place, "reason": self.reason}
 
 
-def tidy(messages: Iterable[Message]) -> tuple[Message, ...]:
-    """Messages without empty ones; neighbours of one role become one, a blank line between."""
+def tidy(messages: Iterable[Message]) -> tuple[tuple[Message, ...], int, int]:
+    """Messages without empty ones, and neighbours of one role as one, a blank line between.
+
+    Also how many were joined, and how many were empty.
+    """
     kept: list[Message] = []
+    merged = empty = 0
     for message in messages:
-        if not message.content.strip():
-            continue
-        if kept and kept[-1].role == message.role:
-            text = f"{kept[-1].content}\n\n{message.content}"
-            kept[-1] = Message(message.role, text, kept[-1].learned and message.learned)
+        if message.says_nothing:
+            empty += 1
+        elif kept and kept[-1].role == message.role:
+            kept[-1] = _joined(kept[-1], message)
+            merged += 1
         else:
             kept.append(message)
-    return tuple(kept)
+    return tuple(kept), merged, empty
 
 
-def with_ids(conversations: Iterable[Conversation]) -> Iterable[tuple[str, Conversation]]:
-    """Each conversation with its id: the content hash, and `~2`, `~3`, … for exact repeats.
+def _joined(first: Message, second: Message) -> Message:
+    def both(one: str, other: str) -> str:
+        return "\n\n".join(text for text in (one, other) if text.strip())
+
+    return Message(
+        first.role,
+        both(first.content, second.content),
+        first.learned and second.learned,
+        both(first.thinking, second.thinking),
+        first.tool_calls + second.tool_calls,
+    )
+
+
+class Ids:
+    """Gives each conversation its id: the content hash, and `~2`, `~3`, … for exact repeats.
 
     A repeat shares the hash before the `~`, by which `split` keeps repeats on one side.
     """
-    seen: dict[str, int] = {}
-    for conversation in conversations:
-        content_hash = conversation.content_hash
-        seen[content_hash] = count = seen.get(content_hash, 0) + 1
-        yield content_hash if count == 1 else f"{content_hash}~{count}", conversation
+
+    def __init__(self) -> None:
+        self._seen: dict[str, int] = {}
+
+    def next(self, content_hash: str) -> str:
+        self._seen[content_hash] = count = self._seen.get(content_hash, 0) + 1
+        return content_hash if count == 1 else f"{content_hash}~{count}"
 
 
 def replies(messages: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
     """(user message, reply) as indices into `messages`, one for each reply that answers a user.
 
-    What stands between the two (tool messages) belongs to the exchange. A leading assistant
-    message answers nobody and a trailing user message has no answer: neither is in the list, nor is
-    a reply with weight 0.
+    What stands between the two (tool calls and their results) belongs to the exchange. A leading
+    assistant message answers nobody and a trailing user message has no answer: neither is in the
+    list, nor is a reply with weight 0 or without text.
     """
     found: list[tuple[int, int]] = []
     asked: int | None = None
     for index, message in enumerate(messages):
         if message["role"] == "user":
             asked = index
-        elif message["role"] == "assistant" and asked is not None:
+        elif message["role"] == "assistant" and asked is not None and message["content"].strip():
             if message.get("weight") != 0:
                 found.append((asked, index))
             asked = None

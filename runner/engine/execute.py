@@ -202,6 +202,7 @@ def _stage(
             output=str(staged),
             scratch=str(scratch),
             cache=str(space.cache),
+            previous=_previous(current, planned),
         )
 
         def emit(event: events.Event) -> None:
@@ -229,6 +230,24 @@ def _stage(
         }
     )
     return finished
+
+
+def _previous(current: Opened, planned: plan.Planned) -> str | None:
+    """The stage's last output, where it differs from the one to make by what it was made from.
+
+    Its content is checked: damage must not be carried into new outputs.
+    """
+    before = lock.read(current.lock_path).of_stage(planned.step.name)
+    if before is None or planned.parts is None:
+        return None
+    then, now = (
+        {name: value for name, value in parts.items() if name not in ("sources", "inputs")}
+        for parts in (before.parts, planned.parts)
+    )
+    folder = store.path_of(current.workspace, before.output)
+    if then != now or not folder.is_dir() or store.content_hash(folder) != before.output:
+        return None
+    return str(folder)
 
 
 def _commit(current: Opened, planned: plan.Planned) -> None:

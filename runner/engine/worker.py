@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from runner import disk
+from runner import disk, processes
 from runner.engine.plan import SourceFile
 from runner.errors import InterruptedRun, PreconditionError, RunnerError
 
@@ -33,6 +33,7 @@ class Job:
     output: str
     scratch: str
     cache: str
+    previous: str | None = None
 
 
 def run(job: Job, emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -51,6 +52,7 @@ def run(job: Job, emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         recipe=job.recipe,
         seed=job.seed,
         emit=emit,
+        previous=Path(job.previous) if job.previous else None,
     )
     try:
         return dict(parsed(job.entry).run(dirs))
@@ -74,7 +76,7 @@ def main() -> NoReturn:
     """The child process."""
     events = os.fdopen(os.dup(1), "w", encoding="utf-8", newline="\n")
     os.dup2(2, 1)
-    _die_with_parent()
+    processes.die_with_parent()
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
@@ -110,15 +112,6 @@ def as_json(job: Job) -> str:
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
-
-
-def _die_with_parent() -> None:
-    """On Linux: SIGTERM when the parent dies, so that no training goes on unseen."""
-    if sys.platform == "linux":
-        import ctypes
-
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 if __name__ == "__main__":

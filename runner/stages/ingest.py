@@ -1,18 +1,34 @@
-"""Reads chats and instruction data; each record becomes a conversation or is reported."""
+"""Reads chats, data sets and documents; each record becomes a conversation or is reported.
+
+Files are read one by one, on all cores where there is much to read, and what was made of a file is
+taken over from the last output as long as the file is the same: one new file costs one file. An
+index in the cache says which lines of an output came from which file; it is no part of the output,
+because the same lines may come from other files.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, ClassVar, Literal
+from dataclasses import dataclass, replace
+from hashlib import file_digest
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, ClassVar, Literal
 
 from pydantic import Field
 
-from runner.chat import jsonl
-from runner.chat.conversation import Conversation, Rejected, with_ids
-from runner.chat.formats import read_file
+from runner import disk, processes
+from runner.chat import files
+from runner.chat.conversation import Ids, Rejected, content_hash
+from runner.chat.formats.reading import Options
 from runner.errors import PreconditionError, RunnerError
 from runner.stages.stage import Dirs, Metrics, SourceFile, Stage
+
+PARALLEL_BYTES = 16_000_000
+"""Less than this is read faster here than by processes that have to be started first."""
+TASK_BYTES = 4_000_000
 
 
 class SourceChanged(RunnerError):
@@ -20,16 +36,25 @@ class SourceChanged(RunnerError):
 
 
 class Ingest(Stage):
-    """Read conversations from files."""
+    """Read conversations and documents from files."""
 
     stage: Literal["ingest"]
     sources: Annotated[tuple[str, ...], Field(min_length=1)]
     """Files, folders and globs to read, relative to the workspace."""
     format: Literal["auto", "sender", "instruct", "messages"] = "auto"
     """Read every record as this format instead of telling it by its shape."""
+    text_column: Annotated[str, Field(min_length=1)] = "text"
+    """The column or key that holds the text of a document, in parquet and JSON Lines files."""
+    branches: Literal["newest", "all"] = "newest"
+    """Of a conversation that was continued in several ways: the newest way, or every one."""
+    sidechains: bool = False
+    """Claude Code: read the sessions of sub-agents too."""
+    persona: str = ""
+    """Chats between people: whose messages are the replies to learn; else who exported them."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Stop when more than this share of all records cannot be read."""
 
+    version = 2
     outside_key = ("sources",)
     writes = "conversations"
     shows: ClassVar[Mapping[str, str]] = {
@@ -41,60 +66,324 @@ class Ingest(Stage):
         return self.sources
 
     def run(self, dirs: Dirs) -> Metrics:
-        rejected: list[Rejected] = []
-        read = conversations(dirs.sources, self.format, rejected)
-        records = (conversation.record(id) for id, conversation in with_ids(read))
-        count = jsonl.write(dirs.output / "conversations.jsonl", records)
-        jsonl.write(dirs.output / "rejected.jsonl", (r.record() for r in rejected))
-        refuse_bad(count, rejected, self.max_bad_fraction)
-        return {"files": len(dirs.sources), "conversations": count, "rejected": len(rejected)}
+        options = Options(
+            branches=self.branches,
+            sidechains=self.sidechains,
+            text_column=self.text_column,
+            persona=self.persona,
+        )
+        known = parts_of(dirs.previous, dirs.cache) if dirs.previous else {}
+        new = [source for source in dirs.sources if (source.name, source.sha256) not in known]
+        scratch = dirs.output / "parts"
+        scratch.mkdir()
+        for done, part in enumerate(parsed(new, self.format, options, scratch), 1):
+            known[part.name, part.sha256] = part
+            if done % 100 == 0 or done == len(new):
+                dirs.emit({"event": "progress", "done": done, "total": len(new), "unit": "files"})
+        parts = [known[source.name, source.sha256] for source in dirs.sources]
+        remember(write(parts, dirs.output), dirs.output, dirs.cache)
+        shutil.rmtree(scratch)
+        good = sum(len(part.ids) for part in parts)
+        bad = sum(part.rejected for part in parts)
+        refuse_bad(good, bad, dirs.output / "rejected.jsonl", self.max_bad_fraction)
+        return {
+            "files": len(parts),
+            "read": len(new),
+            "conversations": good,
+            "rejected": bad,
+        }
 
 
-def conversations(
-    sources: Sequence[SourceFile], format: str, rejected: list[Rejected]
-) -> Iterator[Conversation]:
-    """Conversations by path, then by place in the file; what cannot be read goes to `rejected`."""
-    for source in sources:
+@dataclass(frozen=True)
+class Part:
+    """What was made of one file: a stretch of lines of conversations and one of rejected records.
+
+    `name` and `sha256` are those of the file; `ids` are those that the lines have; the stretches
+    are in `conversations.jsonl` and `rejected.jsonl` of `folder`.
+    """
+
+    name: str
+    sha256: str
+    ids: tuple[str, ...]
+    rejected: int
+    bytes: int
+    rejected_bytes: int
+    folder: Path
+    start: int
+    rejected_start: int
+
+
+def parts_of(artifact: Path, cache: Path) -> dict[tuple[str, str], Part]:
+    """What is known of the files that an output was made from; nothing where that was deleted."""
+    try:
+        rows = json.loads(_index(artifact, cache).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    found: dict[tuple[str, str], Part] = {}
+    start = rejected_start = 0
+    for name, sha256, ids, rejected, size, rejected_size in rows:
+        found[name, sha256] = Part(
+            name, sha256, tuple(ids), rejected, size, rejected_size, artifact, start, rejected_start
+        )
+        start += size
+        rejected_start += rejected_size
+    return found
+
+
+def remember(parts: Sequence[Part], artifact: Path, cache: Path) -> None:
+    """Writes down for the next time which stretches of the output are from which file."""
+    path = _index(artifact, cache)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [[p.name, p.sha256, p.ids, p.rejected, p.bytes, p.rejected_bytes] for p in parts]
+    disk.write_whole(path, json.dumps(rows, separators=(",", ":")).encode())
+
+
+def _index(artifact: Path, cache: Path) -> Path:
+    """Named by the content of the output, so that it never speaks of another one."""
+    digests = []
+    for name in ("conversations.jsonl", "rejected.jsonl"):
+        with (artifact / name).open("rb") as file:
+            digests.append(file_digest(file, "sha256").hexdigest()[:32])
+    return cache / "ingest" / f"{'-'.join(digests)}.json"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Some files for one process, and the folder for what is made of them."""
+
+    sources: tuple[SourceFile, ...]
+    format: str
+    options: Options
+    folder: Path
+
+
+def parsed(
+    sources: Sequence[SourceFile], format: str, options: Options, scratch: Path
+) -> Iterator[Part]:
+    """What is in each file; in other processes, and any order, where there is much to read."""
+    sizes = [_size(source) for source in sources]
+    tasks = [
+        Task(group, format, options, scratch / str(number))
+        for number, group in enumerate(_grouped(sources, sizes))
+    ]
+    if sum(sizes) < PARALLEL_BYTES or len(tasks) == 1:
+        for task in tasks:
+            yield from _part_by_part(task)
+    else:
+        for found in processes.mapped(_all_parts, tasks):
+            yield from found
+
+
+def _grouped(
+    sources: Sequence[SourceFile], sizes: Sequence[int]
+) -> Iterator[tuple[SourceFile, ...]]:
+    group: list[SourceFile] = []
+    total = 0
+    for source, size in zip(sources, sizes, strict=True):
+        group.append(source)
+        total += size
+        if total >= TASK_BYTES:
+            yield tuple(group)
+            group, total = [], 0
+    if group:
+        yield tuple(group)
+
+
+def _all_parts(task: Task) -> list[Part]:
+    return list(_part_by_part(task))
+
+
+def _part_by_part(task: Task) -> Iterator[Part]:
+    task.folder.mkdir()
+    with (
+        (task.folder / "conversations.jsonl").open("wb") as good,
+        (task.folder / "rejected.jsonl").open("wb") as bad,
+    ):
+        for source in task.sources:
+            yield _part(source, task, good, bad)
+            good.flush()
+            bad.flush()
+
+
+def _part(source: SourceFile, task: Task, good: BinaryIO, bad: BinaryIO) -> Part:
+    start, rejected_start = good.tell(), bad.tell()
+    ids: list[str] = []
+    rejected = 0
+    with _Unchanged(source) as file:
+        for found in files.read(source.name, file, task.format, task.options):
+            if isinstance(found, Rejected):
+                bad.write(_line(found.record()))
+                rejected += 1
+            else:
+                record = found.record()
+                ids.append(content_hash(record))
+                good.write(_line({"id": ids[-1], **record}))
+    return Part(
+        name=source.name,
+        sha256=source.sha256,
+        ids=tuple(ids),
+        rejected=rejected,
+        bytes=good.tell() - start,
+        rejected_bytes=bad.tell() - rejected_start,
+        folder=task.folder,
+        start=start,
+        rejected_start=rejected_start,
+    )
+
+
+def write(parts: Sequence[Part], output: Path) -> list[Part]:
+    """Writes the parts in order, with the ids that the order gives; the parts as written."""
+    numbered = Ids()
+    written: list[Part] = []
+    with (
+        (output / "conversations.jsonl").open("wb") as good,
+        (output / "rejected.jsonl").open("wb") as bad,
+        _Copier(good, "conversations.jsonl") as conversations,
+        _Copier(bad, "rejected.jsonl") as rejected,
+    ):
+        for part in parts:
+            ids = [numbered.next(id.partition("~")[0]) for id in part.ids]
+            size = part.bytes
+            if ids == list(part.ids):
+                conversations.add(part.folder, part.start, part.bytes)
+            else:
+                size = conversations.renamed(part.folder, part.start, part.ids, ids)
+            rejected.add(part.folder, part.rejected_start, part.rejected_bytes)
+            written.append(replace(part, ids=tuple(ids), bytes=size))
+    return written
+
+
+class _Copier:
+    """Copies stretches of files to `out`; what lies side by side is copied at once."""
+
+    def __init__(self, out: BinaryIO, name: str) -> None:
+        self._out = out
+        self._name = name
+        self._from: tuple[Path, int, int] | None = None
+        self._open: dict[Path, BinaryIO] = {}
+
+    def __enter__(self) -> _Copier:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._flush()
+        for file in self._open.values():
+            file.close()
+
+    def add(self, folder: Path, start: int, size: int) -> None:
+        if self._from and self._from[0] == folder and self._from[2] == start:
+            self._from = (folder, self._from[1], start + size)
+        else:
+            self._flush()
+            self._from = (folder, start, start + size)
+
+    def renamed(self, folder: Path, start: int, old: Sequence[str], new: Sequence[str]) -> int:
+        """Copies the lines of `old` with other ids; the bytes written."""
+        self._flush()
+        file = self._file(folder)
+        file.seek(start)
+        written = 0
+        for was, now in zip(old, new, strict=True):
+            rest = file.readline()[len(f'{{"id":"{was}') :]
+            written += self._out.write(f'{{"id":"{now}'.encode()) + self._out.write(rest)
+        return written
+
+    def _flush(self) -> None:
+        if self._from:
+            folder, start, stop = self._from
+            file = self._file(folder)
+            file.seek(start)
+            while start < stop:
+                data = file.read(min(stop - start, 1 << 22))
+                if not data:
+                    raise RunnerError(f"{folder / self._name} is shorter than it should be")
+                self._out.write(data)
+                start += len(data)
+        self._from = None
+
+    def _file(self, folder: Path) -> BinaryIO:
+        if folder not in self._open:
+            self._open[folder] = (folder / self._name).open("rb")
+        return self._open[folder]
+
+
+class _Unchanged:
+    """The source opened, and known to hold the bytes that were planned with, until it is closed."""
+
+    def __init__(self, source: SourceFile) -> None:
+        self._source = source
+
+    def __enter__(self) -> BinaryIO:
         try:
-            data = source.path.read_bytes()
+            self._file = self._source.path.open("rb")
         except OSError as error:
             raise SourceChanged(
-                f"{source.name} cannot be read: {error.strerror}",
+                f"{self._source.name} cannot be read: {error.strerror}",
                 hint="make it readable, run again",
             ) from error
-        if hashlib.sha256(data).hexdigest() != source.sha256:
-            raise SourceChanged(
-                f"{source.name} changed while it was being read",
-                hint="run again when nothing writes to it any more",
-            )
-        for record in read_file(source.name, data, format):
-            if isinstance(record, Rejected):
-                rejected.append(record)
-            else:
-                yield record
+        self._before = os.fstat(self._file.fileno())
+        if file_digest(self._file, "sha256").hexdigest() != self._source.sha256:
+            self._file.close()
+            raise self._changed()
+        self._file.seek(0)
+        return self._file
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        after = os.fstat(self._file.fileno())
+        self._file.close()
+        if kind is None and _signature(after) != _signature(self._before):
+            raise self._changed()
+
+    def _changed(self) -> SourceChanged:
+        return SourceChanged(
+            f"{self._source.name} changed while it was being read",
+            hint="run again when nothing writes to it any more",
+        )
 
 
-def refuse_bad(good: int, rejected: Sequence[Rejected], max_bad_fraction: float) -> None:
+def _signature(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _size(source: SourceFile) -> int:
+    try:
+        return source.path.stat().st_size
+    except OSError:
+        return 0  # opening it will say why
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def refuse_bad(good: int, bad: int, rejected: Path, max_bad_fraction: float) -> None:
     """Raises when nothing could be read, or less than the recipe allows."""
-    bad = len(rejected)
-    first = f"{rejected[0].path} {_place(rejected[0])}{rejected[0].reason}" if rejected else ""
+    if good and bad <= max_bad_fraction * (good + bad):
+        return
+    first = _first(rejected)
     if good == 0:
         raise PreconditionError(
             f"ingest: no conversation in the sources; first of {bad} rejected: {first}"
-            if rejected
+            if bad
             else "ingest: no conversation in the sources",
-            hint="a chat is a list of {sender, userInput | claudeOutputText}, "
-            "{instruction, output} or {messages}",
+            hint="the README lists what can be read; `format:` forces one format",
         )
-    if bad > max_bad_fraction * (good + bad):
-        raise RunnerError(
-            f"ingest: {bad} of {good + bad} records cannot be read, more than the "
-            f"max_bad_fraction of {max_bad_fraction}; the first: {first}",
-            hint="mend or move the files, or raise max_bad_fraction",
-        )
+    raise RunnerError(
+        f"ingest: {bad} of {good + bad} records cannot be read, more than the "
+        f"max_bad_fraction of {max_bad_fraction}; the first: {first}",
+        hint="mend or move the files, or raise max_bad_fraction",
+    )
 
 
-def _place(rejected: Rejected) -> str:
-    if rejected.line is not None:
-        return f"line {rejected.line}: "
-    return f"record {rejected.index}: " if rejected.index is not None else ""
+def _first(rejected: Path) -> str:
+    with rejected.open(encoding="utf-8", newline="\n") as lines:
+        line = lines.readline()
+    if not line:
+        return ""
+    record = json.loads(line)
+    place = ""
+    if "line" in record:
+        place = f"line {record['line']}: "
+    elif "index" in record:
+        place = f"record {record['index']}: "
+    return f"{record['path']} {place}{record['reason']}"

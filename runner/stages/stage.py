@@ -35,7 +35,11 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Dirs:
-    """All that a stage may touch. `scratch` survives an interrupted run of the same key."""
+    """All that a stage may touch. `scratch` survives an interrupted run of the same key.
+
+    `previous` is what the stage made last with the same settings, from other inputs: to take over
+    what is still right. The output must be what a build from nothing gives.
+    """
 
     inputs: Mapping[str, Path]
     output: Path
@@ -46,6 +50,7 @@ class Dirs:
     recipe: str
     seed: int
     emit: Callable[[Event], None]
+    previous: Path | None = None
 
     @property
     def base(self) -> Path:

@@ -1,63 +1,108 @@
-"""The chat formats that `ingest` understands, told by a record's shape, never by file name.
+"""The formats that `ingest` understands, told by a record's shape, never by file name.
 
-A format is one module here and one line in `FORMATS`. It has two functions: `claims(record)` says
-whether a record (one JSON object) has its shape; `read(path, records)` turns all records of one
-file that it claimed into conversations and rejected records.
+A format is one module here and one line in `FORMATS`. Its `claims(record)` says whether a record
+(one JSON object) has its shape. Then it has one of two readers: `each(record, options)` gives the
+conversations in one record; `whole(records, options)` gives those of all claimed records of a file
+together, where a record is no more than a message. Both give messages as the source has them: empty
+ones are dropped, and neighbours of one role joined, for all formats in one place, here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from runner.chat.conversation import Conversation, Rejected
+from runner.chat.conversation import Content, Conversation, Rejected, Source, tidy
 from runner.chat.formats import instruct, messages, sender
-from runner.chat.json_values import Broken, Value, values
+from runner.chat.formats.reading import Options, Unreadable
+from runner.chat.json_values import Broken, Value
 
-Reader = Callable[[str, Iterable[Value]], Iterator[Conversation | Rejected]]
+Claims = Callable[[Mapping[str, Any]], bool]
+Each = Callable[[Mapping[str, Any], Options], Iterable[Content]]
+Whole = Callable[[Sequence[Value], Options], Iterable[tuple[Value, Content | str]]]
+"""Each conversation with the record that it starts at, or a record and why it is not read."""
 
 
 @dataclass(frozen=True)
 class Format:
-    claims: Callable[[Mapping[str, Any]], bool]
-    read: Reader
+    claims: Claims
+    each: Each | None = None
+    whole: Whole | None = None
 
 
 FORMATS: dict[str, Format] = {
-    "sender": Format(sender.claims, sender.read),
-    "instruct": Format(instruct.claims, instruct.read),
-    "messages": Format(messages.claims, messages.read),
+    "sender": Format(sender.claims, whole=sender.whole),
+    "instruct": Format(instruct.claims, each=instruct.each),
+    "messages": Format(messages.claims, each=messages.each),
 }
 
 
-def read_file(path: str, data: bytes, format: str) -> Iterator[Conversation | Rejected]:
-    """Every conversation in one file, and every record that could not be read, with the reason.
+def read(
+    path: str, items: Iterable[Value | Broken], format: str, options: Options
+) -> Iterator[Conversation | Rejected]:
+    """Every conversation in the values of one file, and every record that is none, and why.
 
     `format` is a name in `FORMATS`, or `auto` to tell it by shape.
     """
-    claimed: dict[str, list[Value]] = {}
-    for item in values(data):
+    together: dict[str, list[Value]] = {}
+    for item in items:
         if isinstance(item, Broken):
             yield Rejected(path, item.reason, line=item.line)
             continue
-        if not isinstance(item.value, dict):
-            reason = f"a record must be a JSON object, this one is {_json_type(item.value)}"
-            yield item.rejected(path, reason)
-            continue
-        fits = [name for name, known in FORMATS.items() if known.claims(item.value)]
-        if format != "auto":
-            fits = [format] if format in fits else []
-        if len(fits) == 1:
-            claimed.setdefault(fits[0], []).append(item)
-        elif fits:
-            yield item.rejected(path, f"fits {' and '.join(fits)}; say which with `format:`")
+        name = _format_of(item.value, format)
+        if isinstance(name, Unreadable):
+            yield item.rejected(path, str(name))
+        elif (each := FORMATS[name].each) is not None:
+            yield from _contents(path, name, item, each, options)
         else:
-            keys = ", ".join(repr(key) for key in list(item.value)[:6]) or "none"
-            wanted = "no known format" if format == "auto" else f"not in the format {format!r}"
-            yield item.rejected(path, f"{wanted}; its keys are {keys}")
-    for name, records in claimed.items():
-        yield from FORMATS[name].read(path, records)
+            together.setdefault(name, []).append(item)
+    for name, records in together.items():
+        whole = FORMATS[name].whole
+        assert whole is not None, "a format has one of the two readers"
+        for item, found in whole(records, options):
+            yield _conversation(path, name, item, found)
+
+
+def _format_of(record: object, format: str) -> str | Unreadable:
+    if not isinstance(record, dict):
+        return Unreadable(f"a record must be a JSON object, this one is {_json_type(record)}")
+    fits = [name for name, known in FORMATS.items() if known.claims(record)]
+    if format != "auto":
+        fits = [format] if format in fits else []
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        return Unreadable(f"fits {' and '.join(fits)}; say which with `format:`")
+    keys = ", ".join(repr(key) for key in list(record)[:6]) or "none"
+    wanted = "no known format" if format == "auto" else f"not in the format {format!r}"
+    return Unreadable(f"{wanted}; its keys are {keys}")
+
+
+def _contents(
+    path: str, name: str, item: Value, each: Each, options: Options
+) -> Iterator[Conversation | Rejected]:
+    try:
+        for content in each(item.value, options):
+            yield _conversation(path, name, item, content)
+    except Unreadable as error:
+        yield item.rejected(path, str(error))
+
+
+def _conversation(
+    path: str, name: str, item: Value, found: Content | str
+) -> Conversation | Rejected:
+    if isinstance(found, str):
+        return item.rejected(path, found)
+    source = Source(path, name, item.index)
+    if found.text:
+        return Conversation(source, found)
+    said, merged, empty = tidy(found.messages)
+    if not said:
+        return item.rejected(path, "every message is empty" if empty else "has no message")
+    chosen, rejected = tidy(found.chosen)[0], tidy(found.rejected)[0]
+    content = replace(found, messages=said, chosen=chosen, rejected=rejected)
+    return Conversation(source, content, merged, empty)
 
 
 def _json_type(value: object) -> str:

@@ -1,58 +1,32 @@
-"""OpenAI's shape: `{"messages": [{"role", "content"}, …]}`, one conversation a record."""
+"""OpenAI's shape: `{"messages": [{"role", "content"}, …]}`, one conversation a record.
+
+The list may be called `conversations` or `conversation`; contents may be lists of parts, also those
+of LLaMA-Factory (`{"type", "value"}`). What counts as text and what carries no loss: turns.py.
+"""
 
 from __future__ import annotations
 
-import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from runner.chat.conversation import ROLE_WORDS, Conversation, Message, Rejected, Source, tidy
-from runner.chat.json_values import Value
+from runner.chat.conversation import Content
+from runner.chat.formats import anthropic, turns
+from runner.chat.formats.reading import Options
 
 
 def claims(record: Mapping[str, Any]) -> bool:
-    messages = record.get("messages")
     # Preference data and tree exports carry a `messages` list too, and mean something else by it.
-    others = {"chosen", "rejected", "label", "history"}
-    return isinstance(messages, list) and not others & record.keys() and "role" in _first(messages)
+    if turns.is_preference(record) or "history" in record or anthropic.claims(record):
+        return False
+    return _name(record) is not None
 
 
-def read(path: str, records: Iterable[Value]) -> Iterator[Conversation | Rejected]:
-    for item in records:
-        try:
-            said = tidy(_message(n, raw) for n, raw in enumerate(item.value["messages"]))
-        except _Unreadable as error:
-            yield item.rejected(path, str(error))
-            continue
-        if said:
-            yield Conversation(Source(path, "messages", item.index), said)
-        else:
-            yield item.rejected(path, "every message is empty")
+def each(record: Mapping[str, Any], options: Options) -> Iterator[Content]:
+    name = _name(record)
+    assert name is not None, "is claimed"
+    yield turns.conversation(record, name)
 
 
-class _Unreadable(Exception):
-    pass
-
-
-def _first(messages: list[object]) -> Mapping[str, object]:
-    return messages[0] if messages and isinstance(messages[0], dict) else {}
-
-
-def _message(index: int, raw: object) -> Message:
-    if not isinstance(raw, dict):
-        raise _Unreadable(f"message {index} must be an object with role and content")
-    word, content = raw.get("role"), raw.get("content")
-    role = ROLE_WORDS.get(word.lower()) if isinstance(word, str) else None
-    if role is None:
-        raise _Unreadable(
-            f"message {index} has role {reprlib.repr(word)}; "
-            "roles are system, user, assistant, tool"
-        )
-    if content is None:
-        return Message(role, "")
-    if isinstance(content, list):
-        parts = [p.get("text") for p in content if isinstance(p, dict) and p.get("type") == "text"]
-        content = "\n\n".join(part for part in parts if isinstance(part, str))
-    if not isinstance(content, str):
-        raise _Unreadable(f"message {index} has content that is neither a text nor a list of parts")
-    return Message(role, content, learned=raw.get("weight") != 0 and raw.get("train") is not False)
+def _name(record: Mapping[str, Any]) -> str | None:
+    none = "messages" if turns.has_no_turns(record, "messages") else None
+    return turns.list_with(record, "role") or none
