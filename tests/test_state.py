@@ -23,10 +23,10 @@ def test_an_unchanged_file_is_not_opened_again(
 ) -> None:
     monkeypatch.setattr(states, "RACY_NS", 0)
     with State(tmp_path / "state.db") as state:
-        before = state.hashes([old_file])
+        before = state.hashes([str(old_file)])
     monkeypatch.setattr(states, "_hashed", lambda path: pytest.fail(f"{path} was opened"))
     with State(tmp_path / "state.db") as state:
-        assert state.hashes([old_file]) == before
+        assert state.hashes([str(old_file)]) == before
 
 
 def test_a_file_of_the_same_size_and_time_is_seen_by_its_ctime(
@@ -34,18 +34,18 @@ def test_a_file_of_the_same_size_and_time_is_seen_by_its_ctime(
 ) -> None:
     monkeypatch.setattr(states, "RACY_NS", 0)
     with State(tmp_path / "state.db") as state:
-        before = state.hashes([old_file])[old_file]
+        before = state.hashes([str(old_file)])[str(old_file)]
         times = old_file.stat()
         old_file.write_text("two")
         os.utime(old_file, ns=(times.st_atime_ns, times.st_mtime_ns))
-        assert state.hashes([old_file])[old_file] != before
+        assert state.hashes([str(old_file)])[str(old_file)] != before
 
 
 def test_a_file_that_has_just_changed_is_not_trusted(tmp_path: Path) -> None:
     path = tmp_path / "new"
     path.write_text("x")
     with State(tmp_path / "state.db") as state:
-        state.hashes([path])
+        state.hashes([str(path)])
         assert state._db.execute("SELECT count(*) FROM files").fetchone() == (0,)
 
 

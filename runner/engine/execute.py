@@ -103,15 +103,18 @@ def apply(
     if all(step.state == "skip" for step in planned):
         _settle(current, planned)
         return planned
-    with _locked(current.workspace, wait, listen):
-        planned = current.plan()  # another apply may have done it meanwhile
+    with _locked(current.workspace, wait, listen) as waited:
+        if waited:
+            planned = current.plan()  # another apply may have done it meanwhile
         if any(step.state != "skip" for step in planned):
             disk.remove(current.workspace.staging)
-            _run(current, listen)
+            _run(current, planned, listen)
         return planned
 
 
-def _run(current: Opened, listen: Callable[[events.Event], None]) -> None:
+def _run(
+    current: Opened, planned: tuple[plan.Planned, ...], listen: Callable[[events.Event], None]
+) -> None:
     started = time.strftime("%Y%m%d-%H%M%S")
     folder = current.workspace.runs / f"{started}-{os.getpid()}-{current.compiled.name}"
     with events.Log(folder / "events.jsonl", listen) as log:
@@ -121,11 +124,12 @@ def _run(current: Opened, listen: Callable[[events.Event], None]) -> None:
         try:
             for attempt in range(REPLANS):
                 try:
-                    _stages(current, log, folder)
+                    _stages(current, planned, log, folder)
                     break
                 except _SourcesChanged as changed:
                     if attempt == REPLANS - 1:
                         raise changed.error from None
+                    planned = current.plan()
                     log.add(
                         {"event": "warning", "text": f"{changed.error.message}; planning again"}
                     )
@@ -153,13 +157,17 @@ class _SourcesChanged(Exception):
         self.error = error
 
 
-def _stages(current: Opened, log: events.Log, folder: Path) -> None:
+def _stages(
+    current: Opened, before: tuple[plan.Planned, ...], log: events.Log, folder: Path
+) -> None:
+    """Runs the stages of a plan; each is decided anew, now that what it reads is there."""
     from runner.stages.ingest import SourceChanged
 
     _pin(current)
     done: dict[str, plan.Planned] = {}
-    for step in current.compiled.steps:
-        planned = plan.decide(step, done, current.world())
+    for foreseen in before:
+        step = foreseen.step
+        planned = plan.decide(step, done, current.world(), foreseen.sources)
         if planned.state == "skip":
             _commit(current, planned)
             log.add({"event": "stage_skipped", "stage": step.name, "output": planned.output})
@@ -366,15 +374,20 @@ def _child_environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _locked(space: Workspace, wait: bool, listen: Callable[[events.Event], None]) -> Iterator[None]:
-    """Holds the workspace for one apply; the system frees it when the process dies."""
+def _locked(space: Workspace, wait: bool, listen: Callable[[events.Event], None]) -> Iterator[bool]:
+    """Holds the workspace for one apply, and says whether it had to wait for another one.
+
+    The system frees it when the process dies.
+    """
     from filelock import FileLock, Timeout
 
     space.artifacts.mkdir(parents=True, exist_ok=True)
     held = FileLock(space.artifacts / "apply.lock")
+    waited = False
     try:
         held.acquire(timeout=0)
     except Timeout:
+        waited = True
         if not wait:
             raise BusyError(
                 f"another apply is at work in {space.root}",
@@ -383,7 +396,7 @@ def _locked(space: Workspace, wait: bool, listen: Callable[[events.Event], None]
         listen({"event": "warning", "text": "another apply is at work here; waiting for it"})
         held.acquire()
     try:
-        yield
+        yield waited
     finally:
         held.release()
 

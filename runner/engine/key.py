@@ -49,19 +49,25 @@ def of(parts: Components) -> str:
 
 def of_files(hashes: Iterable[tuple[str, str]]) -> str:
     """One hash for a set of files given as (name, SHA-256), whatever their order."""
-    return _sha256(sorted([name, sha256] for name, sha256 in hashes))
+    return _sha256_of(json.dumps([[_nfc(n), sha256] for n, sha256 in sorted(hashes)], **_CANONICAL))
 
 
 def canonical(value: Any) -> str:
     """One spelling for equal data: keys sorted, texts in NFC, 1 and 1.0 and "1" kept apart."""
-    return json.dumps(
-        _nfc(value), sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False
-    )
+    return json.dumps(_nfc(value), **_CANONICAL)
+
+
+_CANONICAL: dict[str, Any] = {
+    "sort_keys": True,
+    "ensure_ascii": True,
+    "separators": (",", ":"),
+    "allow_nan": False,
+}
 
 
 def _nfc(value: Any) -> Any:
     if isinstance(value, str):
-        return unicodedata.normalize("NFC", value)
+        return value if value.isascii() else unicodedata.normalize("NFC", value)
     if isinstance(value, Mapping):
         return {_nfc(name): _nfc(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -70,4 +76,8 @@ def _nfc(value: Any) -> Any:
 
 
 def _sha256(value: Any) -> str:
-    return hashlib.sha256(canonical(value).encode()).hexdigest()
+    return _sha256_of(canonical(value))
+
+
+def _sha256_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

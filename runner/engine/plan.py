@@ -14,6 +14,7 @@ from runner.engine.state import State
 from runner.engine.workspace import Workspace
 from runner.errors import PreconditionError
 from runner.model import source
+from runner.sources import SourceFile
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +38,6 @@ class Cause:
 
     reason: Reason
     text: str
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    path: str
-    name: str
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -81,10 +75,18 @@ def whole(compiled: Compiled, world: World) -> tuple[Planned, ...]:
     return tuple(plan.values())
 
 
-def decide(step: Step, above: Mapping[str, Planned], world: World) -> Planned:
-    """What will become of one stage, given what becomes of those above it."""
+def decide(
+    step: Step,
+    above: Mapping[str, Planned],
+    world: World,
+    files: tuple[SourceFile, ...] | None = None,
+) -> Planned:
+    """What will become of one stage, given what becomes of those above it.
+
+    `files` are its source files, where they have just been looked at.
+    """
     before = world.lock.of_stage(step.name)
-    files = source_files(step, world)
+    files = source_files(step, world) if files is None else files
     manifest = key.of_files((file.name, file.sha256) for file in files) if files else None
     inputs = {kind: above[name].output for kind, name in step.inputs.items()}
     parts = key.components(
@@ -97,8 +99,7 @@ def decide(step: Step, above: Mapping[str, Planned], world: World) -> Planned:
         seed=step.seed,
     )
     if manifest is not None:
-        listing = {file.name: file.sha256 for file in files}
-        world.state.remember_manifest(manifest, listing)
+        world.state.remember_manifest(manifest, {file.name: file.sha256 for file in files})
     changed = why(step, parts, before, world)
 
     unpinned = step.uses_base_model and world.base_model is None
@@ -176,7 +177,7 @@ def source_files(step: Step, world: World) -> tuple[SourceFile, ...]:
             hint="put chat exports or instruction data there, or correct `sources:`",
         )
     hashes = world.state.hashes(found)
-    files = (SourceFile(str(p), workspace.named(root, p), hashes[p]) for p in found)
+    files = (SourceFile(p, workspace.named(root, p), hashes[p]) for p in found)
     return tuple(sorted(files, key=lambda file: file.name))
 
 
@@ -188,8 +189,9 @@ def base_identity(spec: str | None, root: Path, locked: lock.Lock, state: State)
         commit = locked.commit_of(spec)
         return f"{spec}@{commit}" if commit else None
     path = source.path_of(spec, root)
-    hashes = state.hashes(source.model_files(path))
-    return key.of_files((file.name if path.is_dir() else "", h) for file, h in hashes.items())
+    files = source.model_files(path)
+    hashes = state.hashes(str(file) for file in files)
+    return key.of_files((f.name if path.is_dir() else "", hashes[str(f)]) for f in files)
 
 
 def _setting(settings: Mapping[str, Any], name: str) -> str:

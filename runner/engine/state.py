@@ -79,22 +79,22 @@ class State:
     def _put_aside(self) -> None:
         self._path.replace(self._path.with_suffix(".damaged"))
 
-    def hashes(self, paths: Iterable[Path], *, trust_stat: bool = True) -> dict[Path, str]:
+    def hashes(self, paths: Iterable[str], *, trust_stat: bool = True) -> dict[str, str]:
         """The SHA-256 of each file; one that has not changed since it was hashed is not opened."""
         # One statement is one transaction: nobody holds the database while a stage is at work.
         rows = self._db.execute("SELECT path, size, mtime, ctime, inode, sha256 FROM files")
         known = {row[0]: row[1:] for row in rows}
-        found: dict[Path, str] = {}
+        found: dict[str, str] = {}
         fresh: list[tuple[Any, ...]] = []
         for path in paths:
-            signature = _signature(path.stat())
+            now = _signature(os.stat(path))  # noqa: PTH116 (a Path would double the time)
             before = known.get(_spelled(path))
-            if trust_stat and before is not None and before[:4] == signature:
+            if trust_stat and before is not None and before[:4] == now:
                 found[path] = before[4]
                 continue
-            found[path], signature = _hashed(path)
-            if time.time_ns() - max(signature[1], signature[2]) > RACY_NS:
-                fresh.append((_spelled(path), *signature, found[path]))
+            found[path], now = _hashed(path)
+            if time.time_ns() - max(now[1], now[2]) > RACY_NS:
+                fresh.append((_spelled(path), *now, found[path]))
         if fresh:
             with self._quietly():
                 self._db.execute("BEGIN")
@@ -125,7 +125,8 @@ class State:
         return json.loads(row[0]) if row else None
 
     def remember_manifest(self, hash: str, files: dict[str, str]) -> None:
-        if self.manifest(hash) is None:
+        known = self._db.execute("SELECT 1 FROM manifests WHERE hash = ?", (hash,)).fetchone()
+        if known is None:
             with self._quietly():
                 row = (hash, json.dumps(files))
                 self._db.execute("INSERT OR IGNORE INTO manifests VALUES (?, ?)", row)
@@ -163,10 +164,10 @@ def _signature(status: os.stat_result) -> tuple[int, int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
-def _hashed(path: Path) -> tuple[str, tuple[int, int, int, int]]:
+def _hashed(path: str) -> tuple[str, tuple[int, int, int, int]]:
     """The hash of a file that did not change meanwhile, with its signature."""
     for _ in range(HASH_TRIES):
-        with path.open("rb") as file:
+        with Path(path).open("rb") as file:
             before = os.fstat(file.fileno())
             if not stat.S_ISREG(before.st_mode):
                 raise OSError(f"{path} is not a regular file")
@@ -179,6 +180,8 @@ def _hashed(path: Path) -> tuple[str, tuple[int, int, int, int]]:
     )
 
 
-def _spelled(path: Path) -> str:
+def _spelled(path: str) -> str:
     """The path as text that a database takes, whatever bytes are in it."""
+    if path.isascii():
+        return path
     return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from runner import disk, processes
-from runner.engine.plan import SourceFile
 from runner.errors import InterruptedRun, PreconditionError, RunnerError
+from runner.sources import SourceFile
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,13 @@ def run(job: Job, emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Runs the stage; its metrics. A full disk becomes a sentence."""
     from runner.stages import parsed
     from runner.stages.stage import Dirs
-    from runner.stages.stage import SourceFile as StageFile
 
     dirs = Dirs(
         inputs={kind: Path(path) for kind, path in job.inputs.items()},
         output=Path(job.output),
         scratch=Path(job.scratch),
         cache=Path(job.cache),
-        sources=tuple(StageFile(Path(f.path), f.name, f.sha256) for f in job.sources),
+        sources=job.sources,
         base_model=Path(job.base_model) if job.base_model else None,
         recipe=job.recipe,
         seed=job.seed,

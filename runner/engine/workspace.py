@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,11 +64,12 @@ def around(recipe: Path) -> Workspace:
     return Workspace(folder)
 
 
-def matching(root: Path, pattern: str) -> list[Path]:
+def matching(root: Path, pattern: str) -> list[str]:
     """The files that one source names: a file, all files below a folder, or a glob.
 
     Dot files, lockfiles and what another program is still writing (`.part`, `.tmp`, …) do not
-    count, nor does `artifacts/`. Only an absolute path may lead out of the workspace.
+    count, nor does `artifacts/`. Only an absolute path may lead out of the workspace. Paths are
+    plain texts, because ten thousand `Path` objects take longer than looking at the files.
     """
     path = root / pattern
     if not Path(pattern).is_absolute() and ".." in Path(pattern).parts:
@@ -75,34 +77,38 @@ def matching(root: Path, pattern: str) -> list[Path]:
             f"source {pattern!r} leads out of the workspace {root}",
             hint="write an absolute path if that is meant",
         )
+    links: list[str] = []
     if path.is_dir():
-        found = _below(path, root / "artifacts")
+        found = list(_below(str(path), str(root / "artifacts"), links))
     elif path.is_file():
-        found = [path]
+        found = [str(path)]
     elif any(char in pattern for char in "*?["):
-        found = [file for file in _globbed(root, pattern) if file.is_file() and wanted(file.name)]
+        globbed = (file for file in _globbed(root, pattern) if wanted(file.name))
+        found = [str(file) for file in globbed if file.is_file()]
     else:
         raise PreconditionError(
             f"source {pattern!r} is not there (looked for {path})",
             hint="paths in a recipe are relative to the workspace; correct it or put it there",
         )
     if not Path(pattern).is_absolute():
-        _refuse_links_out(root, found)
+        _refuse_links_out(root, links if path.is_dir() else found)
     return found
 
 
-def _below(folder: Path, without: Path) -> list[Path]:
-    """All regular files below the folder; a folder that may not be entered is an error."""
+def _below(folder: str, without: str, links: list[str]) -> Iterator[str]:
+    """All regular files below the folder, the links among them also in `links`.
 
-    def refuse(error: OSError) -> None:
-        raise error
-
-    found: list[Path] = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        here = Path(parent)
-        folders[:] = [n for n in folders if not n.startswith(".") and here / n != without]
-        found += [file for n in names if wanted(n) and (file := here / n).is_file()]
-    return found
+    A folder that may not be entered is an error; a link to a folder is not followed.
+    """
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                if not entry.name.startswith(".") and entry.path != without:
+                    yield from _below(entry.path, without, links)
+            elif wanted(entry.name) and entry.is_file():
+                if entry.is_symlink():
+                    links.append(entry.path)
+                yield entry.path
 
 
 def _globbed(root: Path, pattern: str) -> list[Path]:
@@ -116,9 +122,9 @@ def _globbed(root: Path, pattern: str) -> list[Path]:
         ) from error
 
 
-def _refuse_links_out(root: Path, found: list[Path]) -> None:
+def _refuse_links_out(root: Path, found: list[str]) -> None:
     inside = root.resolve()
-    for path in found:
+    for path in map(Path, found):
         if path.is_symlink() and not path.resolve().is_relative_to(inside):
             raise PreconditionError(
                 f"{path} is a link that leads out of the workspace, to {path.resolve()}",
@@ -130,7 +136,7 @@ def wanted(name: str) -> bool:
     return not name.startswith(".") and not name.endswith(PASSED_OVER_ENDINGS)
 
 
-def named(root: Path, path: Path) -> str:
+def named(root: Path, path: str) -> str:
     """How records call a file: relative to the workspace with forward slashes, if it is inside."""
-    name = path.relative_to(root) if path.is_relative_to(root) else path
-    return os.fsencode(name.as_posix()).decode("utf-8", "backslashreplace")
+    name = path.removeprefix(f"{root}{os.sep}").replace(os.sep, "/")
+    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -81,7 +81,7 @@ class Evaluate(Stage):
             eval_tokens=dirs.inputs["tokens"] / "eval.arrow",
             asked=list(asked.values()),
             reply_tokens=self.reply_tokens,
-            texts=[source.path for source in dirs.sources] or [measure.NEUTRAL_ENGLISH],
+            texts=[Path(source.path) for source in dirs.sources] or [measure.NEUTRAL_ENGLISH],
             emit=dirs.emit,
         )
         report = judged(base, tuned, self.rules)

@@ -24,7 +24,8 @@ from runner.chat import files
 from runner.chat.conversation import Ids, Rejected, content_hash
 from runner.chat.formats.reading import Options
 from runner.errors import PreconditionError, RunnerError
-from runner.stages.stage import Dirs, Metrics, SourceFile, Stage
+from runner.sources import SourceFile
+from runner.stages.stage import Dirs, Metrics, Stage
 
 PARALLEL_BYTES = 16_000_000
 """Less than this is read faster here than by processes that have to be started first."""
@@ -242,14 +243,14 @@ def write(parts: Sequence[Part], output: Path) -> list[Part]:
         _Copier(bad, "rejected.jsonl") as rejected,
     ):
         for part in parts:
-            ids = [numbered.next(id.partition("~")[0]) for id in part.ids]
-            size = part.bytes
-            if ids == list(part.ids):
+            rejected.add(part.folder, part.rejected_start, part.rejected_bytes)
+            ids = tuple([numbered.next(id.partition("~")[0]) for id in part.ids])
+            if ids == part.ids:
                 conversations.add(part.folder, part.start, part.bytes)
+                written.append(part)
             else:
                 size = conversations.renamed(part.folder, part.start, part.ids, ids)
-            rejected.add(part.folder, part.rejected_start, part.rejected_bytes)
-            written.append(replace(part, ids=tuple(ids), bytes=size))
+                written.append(replace(part, ids=ids, bytes=size))
     return written
 
 
@@ -271,7 +272,7 @@ class _Copier:
             file.close()
 
     def add(self, folder: Path, start: int, size: int) -> None:
-        if self._from and self._from[0] == folder and self._from[2] == start:
+        if self._from and self._from[0] is folder and self._from[2] == start:
             self._from = (folder, self._from[1], start + size)
         else:
             self._flush()
@@ -315,7 +316,7 @@ class _Unchanged:
 
     def __enter__(self) -> BinaryIO:
         try:
-            self._file = self._source.path.open("rb")
+            self._file = Path(self._source.path).open("rb")
         except OSError as error:
             raise SourceChanged(
                 f"{self._source.name} cannot be read: {error.strerror}",
@@ -347,7 +348,7 @@ def _signature(status: os.stat_result) -> tuple[int, int, int]:
 
 def _size(source: SourceFile) -> int:
     try:
-        return source.path.stat().st_size
+        return Path(source.path).stat().st_size
     except OSError:
         return 0  # opening it will say why
 

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from runner.sources import SourceFile
+
 Event = dict[str, Any]
 Metrics = dict[str, float | int | str]
 Kind = Literal["conversations", "chains", "split", "tokens", "model", "report", "export"]
@@ -22,15 +24,6 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
     )
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file as it was when the run was planned: where it is, its name in records, its SHA-256."""
-
-    path: Path
-    name: str
-    sha256: str
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,14 @@
+"""A file that a stage reads from outside the store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file as it was when the run was planned: where it is, its name in records, its SHA-256."""
+
+    path: str
+    name: str
+    sha256: str
