@@ -85,9 +85,10 @@ def test_messages_with_parts_and_a_developer_are_read() -> None:
 
 
 def test_preferences_are_not_taken_for_good_answers() -> None:
-    chats, rejected = read({"messages": [{"role": "user", "content": "x"}], "label": False})
-    assert not chats
-    assert "no known format" in rejected[0].reason
+    said = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    (chat,), _ = read({"messages": said, "label": False})
+    assert chat.source.format == "preferences"
+    assert chat.content.label is False
 
 
 def test_a_record_of_two_formats_asks_which() -> None:

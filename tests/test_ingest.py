@@ -4,12 +4,13 @@ import random
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from runner.chat.formats import FORMATS
 from runner.engine import execute, store
 from runner.engine.workspace import Workspace
 from runner.errors import PreconditionError, RunnerError
@@ -219,7 +220,9 @@ def test_nothing_to_read_says_what_was_found_instead(tmp_path: Path) -> None:
     recipe = make(tmp_path, RECIPE, chats=0)
     (tmp_path / "chats").mkdir()
     (tmp_path / "chats" / "bad.json").write_text("[1]")
-    with pytest.raises(PreconditionError, match=r"first of 1 rejected: chats/bad\.json record 0"):
+    with pytest.raises(
+        PreconditionError, match=r"the first that is none: chats/bad\.json record 0"
+    ):
         apply(recipe)
 
 
@@ -231,3 +234,19 @@ def test_unchanged_conversations_stop_a_run_after_ingest(tmp_path: Path) -> None
     log: list[dict[str, Any]] = []
     apply(recipe, log.append)
     assert ran(log) == ["ingest"]
+
+
+def test_what_says_nothing_is_reported_but_not_bad(tmp_path: Path) -> None:
+    recipe = make(tmp_path, RECIPE + "    max_bad_fraction: 0.0\n", chats=1)
+    empty = [{"uuid": str(n), "name": "", "chat_messages": []} for n in range(9)]
+    (tmp_path / "chats" / "conversations.json").write_text(json.dumps(empty))
+    log: list[dict[str, Any]] = []
+    apply(recipe, log.append)
+    assert (metrics(log)["rejected"], metrics(log)["left_out"]) == (0, 9)
+    rejected = rows(output(tmp_path) / "rejected.jsonl")
+    assert {r["reason"] for r in rejected} == {"has no message"}
+
+
+def test_every_format_can_be_forced_by_its_name() -> None:
+    names = get_args(ingest.Ingest.model_fields["format"].annotation)
+    assert sorted(names) == sorted(["auto", *FORMATS])

@@ -158,12 +158,17 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A record, or with no place a whole file, that could not be read, and why."""
+    """A record, or with no place a whole file, of which there is no conversation, and why.
+
+    `understood`: it was read right, but says nothing (a deleted chat, a sub-agent's session); all
+    others are bad.
+    """
 
     path: str
     reason: str
     index: int | None = None
     line: int | None = None
+    understood: bool = False
 
     def record(self) -> dict[str, Any]:
         place: dict[str, Any] = {}
@@ -171,7 +176,8 @@ class Rejected:
             place = {"line": self.line}
         elif self.index is not None:
             place = {"index": self.index}
-        return {"path": self.path, **place, "reason": self.reason}
+        left_out = {"understood": True} if self.understood else {}
+        return {"path": self.path, **place, "reason": self.reason, **left_out}
 
 
 def tidy(messages: Iterable[Message]) -> tuple[tuple[Message, ...], int, int]:

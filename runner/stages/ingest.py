@@ -14,13 +14,14 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import file_digest
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal
 
 from pydantic import Field
 
 from runner import disk, processes
-from runner.chat import files
+from runner.chat import files, jsonl
 from runner.chat.conversation import Ids, Rejected, content_hash
 from runner.chat.formats.reading import Options
 from runner.errors import PreconditionError, RunnerError
@@ -42,7 +43,29 @@ class Ingest(Stage):
     stage: Literal["ingest"]
     sources: Annotated[tuple[str, ...], Field(min_length=1)]
     """Files, folders and globs to read, relative to the workspace."""
-    format: Literal["auto", "sender", "instruct", "messages"] = "auto"
+    format: Literal[
+        "auto",
+        "ai_studio",
+        "anthropic",
+        "character",
+        "chatgpt",
+        "claude_ai",
+        "claude_code",
+        "documents",
+        "grok",
+        "instruct",
+        "lm_studio",
+        "messages",
+        "oasst",
+        "open_webui",
+        "preferences",
+        "prompt_completion",
+        "self_instruct",
+        "sender",
+        "sharegpt",
+        "sillytavern",
+        "telegram",
+    ] = "auto"
     """Read every record as this format instead of telling it by its shape."""
     text_column: Annotated[str, Field(min_length=1)] = "text"
     """The column or key that holds the text of a document, in parquet and JSON Lines files."""
@@ -85,13 +108,14 @@ class Ingest(Stage):
         remember(write(parts, dirs.output), dirs.output, dirs.cache)
         shutil.rmtree(scratch)
         good = sum(len(part.ids) for part in parts)
-        bad = sum(part.rejected for part in parts)
+        bad = sum(part.bad for part in parts)
         refuse_bad(good, bad, dirs.output / "rejected.jsonl", self.max_bad_fraction)
         return {
             "files": len(parts),
             "read": len(new),
             "conversations": good,
             "rejected": bad,
+            "left_out": sum(part.left_out for part in parts),
         }
 
 
@@ -106,7 +130,8 @@ class Part:
     name: str
     sha256: str
     ids: tuple[str, ...]
-    rejected: int
+    bad: int
+    left_out: int
     bytes: int
     rejected_bytes: int
     folder: Path
@@ -122,9 +147,18 @@ def parts_of(artifact: Path, cache: Path) -> dict[tuple[str, str], Part]:
         return {}
     found: dict[tuple[str, str], Part] = {}
     start = rejected_start = 0
-    for name, sha256, ids, rejected, size, rejected_size in rows:
+    for name, sha256, ids, bad, left_out, size, rejected_size in rows:
         found[name, sha256] = Part(
-            name, sha256, tuple(ids), rejected, size, rejected_size, artifact, start, rejected_start
+            name=name,
+            sha256=sha256,
+            ids=tuple(ids),
+            bad=bad,
+            left_out=left_out,
+            bytes=size,
+            rejected_bytes=rejected_size,
+            folder=artifact,
+            start=start,
+            rejected_start=rejected_start,
         )
         start += size
         rejected_start += rejected_size
@@ -135,7 +169,7 @@ def remember(parts: Sequence[Part], artifact: Path, cache: Path) -> None:
     """Writes down for the next time which stretches of the output are from which file."""
     path = _index(artifact, cache)
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [[p.name, p.sha256, p.ids, p.rejected, p.bytes, p.rejected_bytes] for p in parts]
+    rows = [[p.name, p.sha256, p.ids, p.bad, p.left_out, p.bytes, p.rejected_bytes] for p in parts]
     disk.write_whole(path, json.dumps(rows, separators=(",", ":")).encode())
 
 
@@ -209,12 +243,13 @@ def _part_by_part(task: Task) -> Iterator[Part]:
 def _part(source: SourceFile, task: Task, good: BinaryIO, bad: BinaryIO) -> Part:
     start, rejected_start = good.tell(), bad.tell()
     ids: list[str] = []
-    rejected = 0
+    bad_count = left_out = 0
     with _Unchanged(source) as file:
         for found in files.read(source.name, file, task.format, task.options):
             if isinstance(found, Rejected):
                 bad.write(_line(found.record()))
-                rejected += 1
+                bad_count += not found.understood
+                left_out += found.understood
             else:
                 record = found.record()
                 ids.append(content_hash(record))
@@ -223,7 +258,8 @@ def _part(source: SourceFile, task: Task, good: BinaryIO, bad: BinaryIO) -> Part
         name=source.name,
         sha256=source.sha256,
         ids=tuple(ids),
-        rejected=rejected,
+        bad=bad_count,
+        left_out=left_out,
         bytes=good.tell() - start,
         rejected_bytes=bad.tell() - rejected_start,
         folder=task.folder,
@@ -358,14 +394,17 @@ def _line(record: Mapping[str, Any]) -> bytes:
 
 
 def refuse_bad(good: int, bad: int, rejected: Path, max_bad_fraction: float) -> None:
-    """Raises when nothing could be read, or less than the recipe allows."""
+    """Raises when nothing could be read, or less than the recipe allows.
+
+    What was read right but says nothing counts for neither.
+    """
     if good and bad <= max_bad_fraction * (good + bad):
         return
     first = _first(rejected)
     if good == 0:
         raise PreconditionError(
-            f"ingest: no conversation in the sources; first of {bad} rejected: {first}"
-            if bad
+            f"ingest: no conversation in the sources; the first that is none: {first}"
+            if first
             else "ingest: no conversation in the sources",
             hint="the README lists what can be read; `format:` forces one format",
         )
@@ -377,11 +416,11 @@ def refuse_bad(good: int, bad: int, rejected: Path, max_bad_fraction: float) -> 
 
 
 def _first(rejected: Path) -> str:
-    with rejected.open(encoding="utf-8", newline="\n") as lines:
-        line = lines.readline()
-    if not line:
+    """The first bad record, or if there is none the first that says nothing, in words."""
+    records = list(islice(jsonl.read(rejected), 100_000))
+    record = next((r for r in records if "understood" not in r), records[0] if records else None)
+    if record is None:
         return ""
-    record = json.loads(line)
     place = ""
     if "line" in record:
         place = f"line {record['line']}: "

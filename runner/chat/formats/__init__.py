@@ -14,8 +14,29 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from runner.chat.conversation import Content, Conversation, Rejected, Source, tidy
-from runner.chat.formats import instruct, messages, sender
-from runner.chat.formats.reading import Options, Unreadable
+from runner.chat.formats import (
+    ai_studio,
+    anthropic,
+    character,
+    chatgpt,
+    claude_ai,
+    claude_code,
+    documents,
+    grok,
+    instruct,
+    lm_studio,
+    messages,
+    oasst,
+    open_webui,
+    preferences,
+    prompt_completion,
+    self_instruct,
+    sender,
+    sharegpt,
+    sillytavern,
+    telegram,
+)
+from runner.chat.formats.reading import Nothing, Options, Unreadable
 from runner.chat.json_values import Broken, Value
 
 Claims = Callable[[Mapping[str, Any]], bool]
@@ -29,12 +50,32 @@ class Format:
     claims: Claims
     each: Each | None = None
     whole: Whole | None = None
+    yields_to: str = ""
+    """The format that is meant where a record fits both and the recipe says nothing."""
 
 
 FORMATS: dict[str, Format] = {
     "sender": Format(sender.claims, whole=sender.whole),
     "instruct": Format(instruct.claims, each=instruct.each),
     "messages": Format(messages.claims, each=messages.each),
+    "anthropic": Format(anthropic.claims, each=anthropic.each),
+    "character": Format(character.claims, each=character.each),
+    # Alpaca's `text` is its instruction and output once more.
+    "documents": Format(documents.claims, each=documents.each, yields_to="instruct"),
+    "oasst": Format(oasst.claims, whole=oasst.whole),
+    "preferences": Format(preferences.claims, each=preferences.each),
+    "prompt_completion": Format(prompt_completion.claims, each=prompt_completion.each),
+    "self_instruct": Format(self_instruct.claims, each=self_instruct.each),
+    "sharegpt": Format(sharegpt.claims, each=sharegpt.each),
+    "ai_studio": Format(ai_studio.claims, each=ai_studio.each),
+    "chatgpt": Format(chatgpt.claims, each=chatgpt.each),
+    "claude_ai": Format(claude_ai.claims, each=claude_ai.each),
+    "claude_code": Format(claude_code.claims, whole=claude_code.whole),
+    "grok": Format(grok.claims, whole=grok.whole),
+    "lm_studio": Format(lm_studio.claims, each=lm_studio.each),
+    "open_webui": Format(open_webui.claims, each=open_webui.each),
+    "sillytavern": Format(sillytavern.claims, whole=sillytavern.whole),
+    "telegram": Format(telegram.claims, whole=telegram.whole),
 }
 
 
@@ -50,7 +91,7 @@ def read(
         if isinstance(item, Broken):
             yield Rejected(path, item.reason, line=item.line)
             continue
-        name = _format_of(item.value, format)
+        name = _format_of(item.value, format, options)
         if isinstance(name, Unreadable):
             yield item.rejected(path, str(name))
         elif (each := FORMATS[name].each) is not None:
@@ -64,11 +105,14 @@ def read(
             yield _conversation(path, name, item, found)
 
 
-def _format_of(record: object, format: str) -> str | Unreadable:
+def _format_of(record: object, format: str, options: Options) -> str | Unreadable:
     if not isinstance(record, dict):
         return Unreadable(f"a record must be a JSON object, this one is {_json_type(record)}")
-    fits = [name for name, known in FORMATS.items() if known.claims(record)]
-    if format != "auto":
+    seen = documents.named(record, options.text_column)
+    fits = [name for name, known in FORMATS.items() if known.claims(seen)]
+    if format == "auto":
+        fits = [name for name in fits if FORMATS[name].yields_to not in fits]
+    else:
         fits = [format] if format in fits else []
     if len(fits) == 1:
         return fits[0]
@@ -93,16 +137,21 @@ def _conversation(
     path: str, name: str, item: Value, found: Content | str
 ) -> Conversation | Rejected:
     if isinstance(found, str):
-        return item.rejected(path, found)
+        return _rejected(path, item, found)
     source = Source(path, name, item.index)
     if found.text:
         return Conversation(source, found)
     said, merged, empty = tidy(found.messages)
     if not said:
-        return item.rejected(path, "every message is empty" if empty else "has no message")
+        why = "every message is empty" if empty else "has no message"
+        return _rejected(path, item, Nothing(why))
     chosen, rejected = tidy(found.chosen)[0], tidy(found.rejected)[0]
     content = replace(found, messages=said, chosen=chosen, rejected=rejected)
     return Conversation(source, content, merged, empty)
+
+
+def _rejected(path: str, item: Value, reason: str) -> Rejected:
+    return replace(item.rejected(path, str(reason)), understood=isinstance(reason, Nothing))
 
 
 def _json_type(value: object) -> str:

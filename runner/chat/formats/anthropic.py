@@ -3,8 +3,8 @@
 A request's messages are read like OpenAI's. What tells them apart: `system` beside the messages,
 blocks and keys that only Anthropic has. A request that ends with an assistant message asks the
 model to go on with it: such a beginning carries no loss by itself, nor does a response that was cut
-off by `max_tokens`. A record without `model` and `max_tokens` is no request but a data set in that
-shape (as for fine-tuning on Bedrock), whose last reply is whole.
+off by `max_tokens`. A record with neither `max_tokens` nor a Claude as `model` is no request but a
+data set in that shape (as for fine-tuning on Bedrock), whose last reply is whole.
 """
 
 from __future__ import annotations
@@ -89,9 +89,14 @@ def _request(record: Mapping[str, Any], *, is_answered: bool) -> Content:
     found = turns.conversation(record, "messages")
     *before, last = found.messages or (Message("user", ""),)
     is_prefill = last.role == "assistant" and not last.tool_calls and not is_answered
-    if is_prefill and record.keys() & {"model", "max_tokens"}:
+    if is_prefill and _was_sent(record):
         return replace(found, messages=(*before, replace(last, learned=False)))
     return found
+
+
+def _was_sent(record: Mapping[str, Any]) -> bool:
+    """Whether a record is a request to the API, and not an example of a data set."""
+    return "max_tokens" in record or "claude" in str(record.get("model")).lower()
 
 
 def _response(record: Mapping[str, Any]) -> Iterator[Message]:

@@ -29,6 +29,12 @@ class Unreadable(Exception):
     """Why a record cannot be read, as the end of a sentence that begins with its place."""
 
 
+class Nothing(str):
+    """Why a record that was understood gives no conversation; it is reported, but is not bad."""
+
+    __slots__ = ()
+
+
 def role_of(word: object, what: str) -> Role:
     """The role that a source calls `word`; raises Unreadable with `what` (`message 3`) in it."""
     role = ROLE_WORDS.get(word.lower()) if isinstance(word, str) else None

@@ -25,6 +25,7 @@ from runner.chat.formats.reading import (
 LISTS = ("messages", "conversations", "conversation")
 """The names that a record's list of messages goes by."""
 
+LABELS = ("label", "kto_tag")
 _PAIRS = (
     ("chosen", "rejected"),
     ("chosen_messages", "rejected_messages"),
@@ -72,7 +73,7 @@ def label_name(record: Mapping[str, Any]) -> str | None:
 
     Such a label is true or false, perhaps as a number or a word; any other `label` is a class.
     """
-    for name in ("label", "kto_tag"):
+    for name in LABELS:
         value = record.get(name)
         if isinstance(value, bool | int | float) and value in (0, 1):
             return name
@@ -130,9 +131,7 @@ def metadata(record: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
     return {**(own if isinstance(own, dict) else {}), **beside}
 
 
-def without_media(
-    messages: Iterable[Message], record: Mapping[str, Any]
-) -> tuple[Message, ...]:
+def without_media(messages: Iterable[Message], record: Mapping[str, Any]) -> tuple[Message, ...]:
     """Messages without the marks `<image>`, `<video>`, `<audio>` where the record has `images`, …
 
     LLaMA-Factory puts them where a picture stood; without it they are no text to learn.
@@ -288,7 +287,9 @@ def _part(raw: object, what: str) -> _Part | None:
     if kind in _CALL_PARTS:
         return _Part("calls", calls=tuple(_calls(raw, what)))
     if kind == "tool_call":
-        return _Part("calls", calls=tuple(_calls(parsed_json(_first_of(part, _TEXT_KEYS, what)), what)))
+        return _Part(
+            "calls", calls=tuple(_calls(parsed_json(_first_of(part, _TEXT_KEYS, what)), what))
+        )
     if kind == "tool_result":
         return _Part("result", _text(_parts(part.get("content"), what)))
     return None
