@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Any
 from runner.errors import DriftError, InterruptedRun, PreconditionError, RecipeError, RunnerError
 
 if TYPE_CHECKING:
+    from runner.chat.shapes import Shape
+    from runner.engine.execute import Opened
     from runner.engine.plan import Planned
+    from runner.engine.recipe import Step
 
 EXIT_CODES = """\
 exit codes:
@@ -29,6 +32,8 @@ exit codes:
   5   something would change (plan --check)
   75  interrupted; state saved, the same command continues
 """
+
+SHAPES = ("messages", "sharegpt", "alpaca")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,6 +126,24 @@ def _parser() -> argparse.ArgumentParser:
     cat.add_argument("stage", metavar="STAGE", help="the stage's name")
     cat.add_argument("--rejected", action="store_const", dest="view", const="rejected", default="")
     cat.add_argument("--replies", action="store_const", dest="view", const="replies")
+    cat.add_argument(
+        "--as", choices=SHAPES, dest="shape", help="a window stage: each window as a record"
+    )
+    data = command(
+        "export-data",
+        _export_data,
+        "write train_dataset.jsonl and eval_dataset.jsonl for other tools",
+    )
+    data.add_argument(
+        "--as", choices=SHAPES, dest="shape", default="messages", help="their shape (messages)"
+    )
+    data.add_argument(
+        "--to",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="where to write, over files of those names (the current folder)",
+    )
     preview = command("preview", _preview, "show which tokens carry loss, and how much")
     preview.add_argument("-n", type=_count, default=3, metavar="N", help="examples to show (3)")
     chat = command("chat", _chat, "talk with the exported model")
@@ -288,12 +311,51 @@ def _cat(options: argparse.Namespace) -> int:
     from runner.engine.words import escaped
     from runner.ui import artifacts
 
+    if options.shape and options.view:
+        raise RecipeError(
+            f"--as and --{options.view} exclude each other", hint="leave one of them out"
+        )
+    terminal = sys.stdout.isatty()
     with execute.opened(options.recipe, options.workspace) as current:
         step = current.compiled.step(options.stage)
+        if options.shape:
+            return _cat_windows(current, step, options.shape)
         artifact = artifacts.current(current, step)
-        terminal = sys.stdout.isatty()
         for row in artifacts.rows(step, artifact, options.view):
             print(escaped(row) if terminal else row)
+    return 0
+
+
+def _cat_windows(opened: Opened, step: Step, shape: Shape) -> int:
+    """Prints each window as a record; what the shape cannot say goes to standard error."""
+    from runner.engine.words import escaped
+    from runner.ui import export_data
+
+    lost: export_data.Lost = export_data.Lost()
+    terminal = sys.stdout.isatty()
+    for record in export_data.rows(opened, step, shape, lost):
+        row = json.dumps(record, ensure_ascii=False)
+        print(escaped(row) if terminal else row)
+    for text in export_data.words(lost):
+        print(f"runner: {text}", file=sys.stderr)
+    return 0
+
+
+def _export_data(options: argparse.Namespace) -> int:
+    from runner.engine import execute
+    from runner.ui import export_data
+
+    lost: export_data.Lost = export_data.Lost()
+    with execute.opened(options.recipe, options.workspace) as current:
+        counts = export_data.write(current, options.shape, options.to, lost)
+    if options.json:
+        written = [{"path": str(path), "windows": count} for path, count in counts.items()]
+        _print_json({"shape": options.shape, "written": written, "lost": dict(lost)})
+        return 0
+    for path, count in counts.items():
+        print(f"wrote {path}: {count} window{'' if count == 1 else 's'}")
+    for text in export_data.words(lost):
+        print(text)
     return 0
 
 

@@ -23,7 +23,7 @@ def test_the_readme_opens_with_the_two_commands() -> None:
 
 def test_every_command_in_the_readme_exists() -> None:
     known = set(cli._parser()._subparsers._group_actions[0].choices)  # type: ignore[union-attr]
-    named = set(re.findall(r"(?:^|bin/|`)runner ([a-z]+)", README, re.MULTILINE))
+    named = set(re.findall(r"(?:^|bin/|`)runner ([a-z-]+)", README, re.MULTILINE))
     assert named == known
 
 

@@ -1,6 +1,15 @@
-import pytest
+from collections import Counter
+from pathlib import Path
+from typing import Any
 
-from runner.stages.window import chains, merged, windows
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner.chat import jsonl
+from runner.errors import RunnerError
+from runner.stages.stage import Dirs
+from runner.stages.window import Window, chains, merged, parted, stretch, windows
 
 
 def conversation(pairs: int, **more: object) -> dict[str, object]:
@@ -36,21 +45,121 @@ def test_every_reply_weighs_once_for_each_window_it_is_in() -> None:
     assert merged(windows(3, False, True, ()), True)[0] == {0: 3, 1: 2, 2: 1}
 
 
-def test_a_chain_names_messages_not_pairs() -> None:
-    counts = {"conversations": 0, "windows": 0, "chains": 0, "without_reply": 0}
-    found = list(
-        chains(
-            [conversation(2)],
-            pairs=True,
-            expanding=False,
-            sliding_turns=(),
-            every_reply=False,
-            once=True,
-            counts=counts,
-        )
+def found(records: list[dict[str, object]]) -> tuple[list[dict[str, object]], Counter[str]]:
+    """The chains of pairs, and what was counted."""
+    counts: Counter[str] = Counter()
+    made = chains(
+        records,
+        pairs=True,
+        expanding=False,
+        sliding_turns=(),
+        every_reply=False,
+        once=True,
+        counts=counts,
     )
-    assert found == [
+    return list(made), +counts
+
+
+def test_a_chain_names_messages_not_pairs() -> None:
+    made, counts = found([conversation(2)])
+    assert made == [
         {"conversation": "c", "first": 0, "weights": {"1": 1}},
         {"conversation": "c", "first": 2, "weights": {"3": 1}},
     ]
-    assert counts == {"conversations": 1, "windows": 2, "chains": 2, "without_reply": 0}
+    assert counts == {"conversations": 1, "windows": 2, "chains": 2}
+
+
+PREFERENCE = conversation(1, chosen=[], rejected=[])
+JUDGED = conversation(1, label=False)
+DOCUMENT = {"id": "d", "text": "once upon a time"}
+
+
+def test_preferences_and_documents_make_no_windows_and_are_counted() -> None:
+    made, counts = found([PREFERENCE, conversation(1), DOCUMENT, JUDGED])
+    assert len(made) == 1
+    assert counts == {
+        "conversations": 1,
+        "windows": 1,
+        "chains": 1,
+        "preferences": 2,
+        "documents": 1,
+    }
+
+
+def run(folder: Path, records: list[dict[str, object]]) -> tuple[Any, list[str]]:
+    """The metrics of the stage, and its warnings."""
+    jsonl.write(folder / "conversations.jsonl", records)
+    warnings: list[str] = []
+    dirs = Dirs(
+        inputs={"conversations": folder},
+        output=folder,
+        scratch=folder,
+        cache=folder,
+        sources=(),
+        base_model=None,
+        recipe="r",
+        seed=0,
+        emit=lambda event: warnings.append(event["text"]),
+    )
+    return Window(stage="window").run(dirs), warnings
+
+
+def test_records_that_make_no_windows_are_one_warning(tmp_path: Path) -> None:
+    metrics, (warning,) = run(tmp_path, [DOCUMENT, PREFERENCE, JUDGED, conversation(1)])
+    assert warning.startswith("1 document and 2 preferences make no windows: a document is text")
+    assert metrics == {
+        "conversations": 1,
+        "windows": 1,
+        "chains": 1,
+        "without_reply": 0,
+        "preferences": 2,
+        "documents": 1,
+    }
+    assert run(tmp_path, [conversation(1)])[1] == []
+
+
+def test_nothing_but_documents_and_preferences_is_an_error_that_says_their_use(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(RunnerError, match="there is no conversation, only 2 documents") as caught:
+        run(tmp_path, [DOCUMENT, DOCUMENT])
+    assert "pretraining" in caught.value.hint
+    with pytest.raises(RunnerError, match="there is no conversation, only 1 preference"):
+        run(tmp_path, [PREFERENCE])
+    with pytest.raises(RunnerError, match="no reply to learn from in 1 conversations"):
+        run(tmp_path, [conversation(0), DOCUMENT])
+
+
+@given(
+    st.integers(1, 30),
+    st.booleans(),
+    st.booleans(),
+    st.lists(st.sampled_from([2, 4, 8, 16]), max_size=2),
+    st.booleans(),
+    st.booleans(),
+)
+def test_a_chain_gives_back_the_windows_it_was_made_of(
+    pairs_count: int, pairs: bool, expanding: bool, sliding: list[int], every: bool, once: bool
+) -> None:
+    spans = windows(pairs_count, pairs, expanding, sliding)
+    spans = sorted(set(spans)) if once else sorted(spans)
+    back = [
+        (first, last, learned)
+        for first, weights in merged(spans, every).items()
+        for last, learned in parted({"weights": {str(k): w for k, w in weights.items()}}, every)
+    ]
+    assert sorted(back) == [
+        (first, last, list(range(first, last + 1)) if every else [last]) for first, last in spans
+    ]
+
+
+def test_a_window_stands_behind_the_system_message_with_the_loss_that_it_has() -> None:
+    system = {"role": "system", "content": "s"}
+    messages = [system, *conversation(3)["messages"]]  # type: ignore[misc]
+    record = {"messages": messages, "tools": [{"name": "t"}]}
+    window = stretch(record, 3, 6, [6])
+    assert window == {
+        "messages": [system, messages[3], {**messages[4], "weight": 0}, *messages[5:7]],
+        "tools": [{"name": "t"}],
+    }
+    assert stretch(record, 0, 2, [2])["messages"] == messages[:3]

@@ -4,11 +4,12 @@ All windows of a conversation that start at the same turn share one pass through
 which the loss of each reply has a weight; this gives the gradient of the separate windows, for a
 causal model whose positions start at 0. A chain therefore names the conversation, the message it
 starts from, and the weight of each reply. Turns are messages; a pair is a user turn and its reply.
+Documents and preferences are no conversations in this sense: they are counted, and make no windows.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -18,6 +19,14 @@ from runner.chat import jsonl
 from runner.chat.conversation import replies
 from runner.errors import RunnerError
 from runner.stages.stage import Dirs, Metrics, Stage
+
+PREFERENCE = frozenset(("chosen", "rejected", "label"))
+"""A record with one of these compares or judges replies; it says nothing of which to learn."""
+COUNTS = ("conversations", "windows", "chains", "without_reply", "preferences", "documents")
+USE = (
+    "a document is text to train on as it is (pretraining), and a preference says which of two "
+    "replies is better, or whether one is good (DPO, KTO)"
+)
 
 Turns = Annotated[int, Field(ge=2, le=10_000, multiple_of=2)]
 
@@ -52,7 +61,7 @@ class Window(Stage):
 
     def run(self, dirs: Dirs) -> Metrics:
         instruct = self.mode == "instruct"
-        counts = {"conversations": 0, "windows": 0, "chains": 0, "without_reply": 0}
+        counts: Counter[str] = Counter()
         records = chains(
             jsonl.read(dirs.inputs["conversations"] / "conversations.jsonl"),
             pairs=instruct or self.pairs,
@@ -63,12 +72,20 @@ class Window(Stage):
             counts=counts,
         )
         jsonl.write(dirs.output / "chains.jsonl", records)
+        if (others := counts["preferences"] + counts["documents"]) and counts["conversations"]:
+            makes = "makes" if others == 1 else "make"
+            dirs.emit({"event": "warning", "text": f"{_others(counts)} {makes} no windows: {USE}"})
+        if others and not counts["conversations"]:
+            raise RunnerError(
+                f"window: there is no conversation, only {_others(counts)}",
+                hint=f"{USE}; add conversations to the sources, or leave window out",
+            )
         if not counts["chains"]:
             raise RunnerError(
                 f"window: no reply to learn from in {counts['conversations']} conversations",
                 hint="training needs a user message that is followed by an assistant's reply",
             )
-        return {**counts}
+        return {name: counts[name] for name in COUNTS}
 
 
 def chains(
@@ -79,10 +96,16 @@ def chains(
     sliding_turns: Sequence[int],
     every_reply: bool,
     once: bool,
-    counts: dict[str, int],
+    counts: Counter[str],
 ) -> Iterator[dict[str, Any]]:
-    """The chains of each conversation; `counts` is added up on the way."""
+    """The chains of each conversation; `counts`, by the names in `COUNTS`, grow on the way."""
     for conversation in conversations:
+        if "text" in conversation:
+            counts["documents"] += 1
+            continue
+        if not PREFERENCE.isdisjoint(conversation):
+            counts["preferences"] += 1
+            continue
         exchanges = replies(conversation["messages"])
         counts["conversations"] += 1
         counts["without_reply"] += not exchanges
@@ -120,3 +143,42 @@ def merged(spans: Iterable[tuple[int, int]], every_reply: bool) -> dict[int, dic
         for pair in range(first, last + 1) if every_reply else (last,):
             found[first][pair] += 1
     return found
+
+
+def parted(chain: Mapping[str, Any], every_reply: bool) -> Iterator[tuple[int, list[int]]]:
+    """The windows that were merged into a chain, as (last message, replies that are learned).
+
+    A window that was counted several times comes as often.
+    """
+    weights = {int(reply): weight for reply, weight in chain["weights"].items()}
+    ends = sorted(weights)
+    for place, last in enumerate(ends):
+        learned = ends[: place + 1] if every_reply else [last]
+        further = weights[ends[place + 1]] if every_reply and last != ends[-1] else 0
+        for _ in range(weights[last] - further):
+            yield last, learned
+
+
+def stretch(
+    conversation: Mapping[str, Any], first: int, last: int, learned: Iterable[int]
+) -> dict[str, Any]:
+    """A window as a conversation of its own: messages `first` to `last` behind the leading system
+    message, with weight 0 for the replies that it does not learn.
+    """
+    messages = conversation["messages"]
+    found = list(messages[:1]) if first > 0 and messages[0]["role"] == "system" else []
+    trained = set(learned)
+    for index in range(first, last + 1):
+        message = messages[index]
+        if message["role"] == "assistant":
+            plain = {name: value for name, value in message.items() if name != "weight"}
+            message = plain if index in trained else {**plain, "weight": 0}
+        found.append(message)
+    tools = {"tools": conversation["tools"]} if conversation.get("tools") else {}
+    return {"messages": found, **tools}
+
+
+def _others(counts: Mapping[str, int]) -> str:
+    """`1 document and 3 preferences`, as far as there are some."""
+    found = [(counts[name], name) for name in ("documents", "preferences") if counts[name]]
+    return " and ".join(f"{n} {name.removesuffix('s') if n == 1 else name}" for n, name in found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from runner.engine import lock, store
 from runner.engine.execute import Opened
 from runner.engine.recipe import Step
 from runner.errors import PreconditionError, RecipeError
@@ -30,6 +31,22 @@ def of_kind(opened: Opened, kind: str) -> Path:
     return current(opened, steps[-1])
 
 
+def fact_of(opened: Opened, stage: str, output: str) -> lock.Fact:
+    """From which settings and inputs an output was made, by the lockfile."""
+    for fact in lock.read(opened.lock_path).facts:
+        if fact.stage == stage and fact.output == output:
+            return fact
+    raise _not_together(opened, f"the lockfile does not say what {stage} was made from")
+
+
+def kept(opened: Opened, stage: str, output: str) -> Path:
+    """The folder of an output that the stage was made from; raises where it is gone."""
+    folder = store.path_of(opened.workspace, output)
+    if not folder.is_dir():
+        raise _not_together(opened, f"what {stage} was made from is not in the store any more")
+    return folder
+
+
 def rows(step: Step, artifact: Path, view: str) -> Iterator[str]:
     """The artifact as JSON lines."""
     from runner.stages import parsed
@@ -38,3 +55,7 @@ def rows(step: Step, artifact: Path, view: str) -> Iterator[str]:
     if view and view not in stage.shows:
         raise RecipeError(f"{step.name} has no view --{view}", hint="ask without it")
     yield from stage.rows(artifact, view)
+
+
+def _not_together(opened: Opened, what: str) -> PreconditionError:
+    return PreconditionError(what, hint=f"run `runner apply {opened.path}` first")
