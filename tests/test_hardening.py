@@ -248,8 +248,8 @@ def test_a_recipe_cannot_take_the_runners_own_folders(tmp_path: Path, name: str)
 
 
 def test_contradictions_are_found_before_anything_runs(tmp_path: Path) -> None:
-    text = DATA_RECIPE.replace("  - stage: split", "  - stage: split\n    input: ingest")
-    with pytest.raises(RecipeError, match="split cannot read 'ingest', which makes conversations"):
+    text = DATA_RECIPE + "  - stage: window\n    name: again\n    input: split\n"
+    with pytest.raises(RecipeError, match="again cannot read 'split', which makes split"):
         planned(make(tmp_path, text))
     text = DATA_RECIPE.replace(
         "conversational",
