@@ -124,8 +124,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     cat = command("cat", _cat, "print what a stage made, as JSON lines")
     cat.add_argument("stage", metavar="STAGE", help="the stage's name")
-    cat.add_argument("--rejected", action="store_const", dest="view", const="rejected", default="")
-    cat.add_argument("--replies", action="store_const", dest="view", const="replies")
+    for view, what in (
+        ("rejected", "what ingest could not read, and why"),
+        ("dropped", "what clean or tokenize left out, and why"),
+        ("statistics", "what clean counted"),
+        ("replies", "what both models answered"),
+    ):
+        help = f"instead: {what}"
+        cat.add_argument(
+            f"--{view}", action="store_const", dest="view", const=view, default="", help=help
+        )
     cat.add_argument(
         "--as", choices=SHAPES, dest="shape", help="a window stage: each window as a record"
     )

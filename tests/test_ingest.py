@@ -3,6 +3,7 @@ import os
 import random
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +18,7 @@ from runner.errors import PreconditionError, RunnerError
 from runner.stages import ingest
 from tests.workspaces import apply, chat, make, ran, rows
 
+SHARED = Path(__file__).parents[2] / "shared" / "data"
 RECIPE = """\
 name: small
 stages:
@@ -250,3 +252,63 @@ def test_what_says_nothing_is_reported_but_not_bad(tmp_path: Path) -> None:
 def test_every_format_can_be_forced_by_its_name() -> None:
     names = get_args(ingest.Ingest.model_fields["format"].annotation)
     assert sorted(names) == sorted(["auto", *FORMATS])
+
+
+def test_an_export_is_read_out_of_its_archive(tmp_path: Path) -> None:
+    recipe = make(tmp_path, RECIPE, chats=0)
+    (tmp_path / "chats").mkdir()
+    with zipfile.ZipFile(tmp_path / "chats" / "export.zip", "w") as archive:
+        said = [{"sender": "User", "userInput": "q"}, {"sender": "Claude", "claudeOutputText": "a"}]
+        archive.writestr("chats/one.json", json.dumps(said))
+        archive.writestr("notes.md", "# Notes\n\nA document.")
+        archive.writestr("users.json", '[{"uuid": "x"}]')
+        archive.writestr("picture.png", b"\x89PNG")
+    apply(recipe)
+    found = {c["source"]["path"]: c for c in rows(output(tmp_path) / "conversations.jsonl")}
+    assert found.keys() == {"chats/export.zip/chats/one.json", "chats/export.zip/notes.md"}
+    assert found["chats/export.zip/notes.md"]["text"] == "# Notes\n\nA document."
+    reasons = {r["path"]: r["reason"] for r in rows(output(tmp_path) / "rejected.jsonl")}
+    assert "no known format" in reasons["chats/export.zip/users.json"]
+    assert "(.png)" in reasons["chats/export.zip"]
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the shared test data")
+def test_a_table_without_a_text_column_says_which_columns_it_has(tmp_path: Path) -> None:
+    folder = SHARED / "DenisSud__TOS" / "data"
+    recipe = make(tmp_path, RECIPE.replace("[chats]", f"['{folder}']"))
+    with pytest.raises(PreconditionError, match=r"sentence, unfairness_level.*text_column"):
+        apply(recipe)
+    recipe.write_text(recipe.read_text() + "    text_column: sentence\n")
+    apply(recipe)
+    found = rows(output(tmp_path) / "conversations.jsonl")
+    assert len(found) == 5378
+    assert found[0]["source"]["format"] == "documents"
+    assert found[0]["text"]
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the shared test data")
+def test_all_the_real_files_together_are_read_or_reported(tmp_path: Path) -> None:
+    recipe = make(tmp_path, RECIPE.replace("[chats]", f"['{SHARED}']"))
+    log: list[dict[str, Any]] = []
+    apply(recipe, log.append)
+    found = rows(output(tmp_path) / "conversations.jsonl")
+    rejected = rows(output(tmp_path) / "rejected.jsonl")
+    files = {path for path in SHARED.rglob("*") if path.is_file()}
+    named = {Path(record["source"]["path"]) for record in found}
+    named |= {Path(record["path"]) for record in rejected}
+    assert named == files
+    assert {record["source"]["format"] for record in found} >= {
+        "chatgpt",
+        "claude_ai",
+        "claude_code",
+        "documents",
+        "grok",
+        "instruct",
+        "messages",
+        "oasst",
+        "open_webui",
+        "preferences",
+        "self_instruct",
+        "sender",
+        "sharegpt",
+    }

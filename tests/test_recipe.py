@@ -59,7 +59,7 @@ def test_all_mistakes_are_reported_at_once_with_their_lines() -> None:
         "r.yaml:4: ingest needs `sources:`",
         "r.yaml:5: no setting named 'source' in ingest; did you mean 'sources'?",
         "r.yaml:6: no stage named 'windw'; did you mean 'window'?; stages are "
-        "ingest, window, split, tokenize, train, evaluate, export",
+        "ingest, clean, window, split, tokenize, train, evaluate, export",
         "r.yaml:8: eval_fraction in split must be less than 1, not 1.5",
     ]
 
@@ -98,7 +98,7 @@ def test_a_number_in_yaml_1_2_is_a_number() -> None:
 
 def test_a_stage_without_what_it_reads_says_what_is_missing() -> None:
     assert problems("name: x\nstages:\n  - stage: window\n") == [
-        "r.yaml:3: window needs conversations; put a stage ingest above it"
+        "r.yaml:3: window needs conversations; put a stage ingest or clean above it"
     ]
 
 

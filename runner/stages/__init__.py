@@ -7,6 +7,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field, TypeAdapter
 
+from runner.stages.clean import Clean
 from runner.stages.evaluate import Evaluate
 from runner.stages.export import Export
 from runner.stages.ingest import Ingest
@@ -18,6 +19,7 @@ from runner.stages.window import Window
 
 AnyStage = Annotated[
     Ingest
+    | Clean
     | Window
     | Split
     | Tokenize

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import regex
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from runner.chat import jsonl, rules
 from runner.chat.conversation import replies
 from runner.errors import RunnerError
-from runner.stages.stage import Dirs, Metrics, Settings, Stage
+from runner.stages.rule import RuleSettings
+from runner.stages.stage import Dirs, Metrics, Stage
 
 if TYPE_CHECKING:
     from runner.model.measure import Measured
@@ -21,24 +21,11 @@ if TYPE_CHECKING:
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class Rule(Settings):
+class Rule(RuleSettings):
     """Something that a reply of the tuned model should show."""
 
-    name: Annotated[str, Field(min_length=1)]
-    """What the report calls it."""
-    pattern: Annotated[str, Field(min_length=1, max_length=1000)]
-    """A regular expression that is found in a reply that keeps the rule; ^ and $ match at lines."""
     min_share: Share = 0.0
     """Stop the run when fewer of the tuned model's replies keep it."""
-
-    @field_validator("pattern")
-    @classmethod
-    def _compiles(cls, pattern: str) -> str:
-        try:
-            rules.compiled(pattern)
-        except regex.error as error:
-            raise ValueError(f"is not a regular expression: {error}") from error
-        return pattern
 
 
 class Evaluate(Stage):
@@ -130,7 +117,7 @@ def judged(base: Measured, tuned: Measured, wanted: Sequence[Rule]) -> dict[str,
             "eval_loss": found.eval_loss,
             "retention_loss": found.retention_loss,
             "ended_replies": found.ended_replies,
-            "rules": {rule.name: rules.share(found.replies, rule.pattern) for rule in wanted},
+            "rules": {rule.name: rules.share(found.replies, rule.plain()) for rule in wanted},
         }
     return report
 

@@ -19,6 +19,7 @@ base_model: HuggingFaceTB/SmolLM2-135M-Instruct  # owner/name of the hub, a fold
 stages:
   - stage: ingest
     sources: [data/{name}]     # chat exports and instruction data: files, folders, globs
+  - stage: clean
   - stage: window
   - stage: split
   - stage: tokenize

@@ -1,0 +1,215 @@
+"""Cleans conversations: repairs texts, leaves out what should not be learned, reports the rest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from runner.chat import cleaning, leftovers, statistics
+from runner.stages.rule import RuleSettings
+from runner.stages.stage import Dirs, Metrics, Settings, Stage
+
+Chars = Annotated[int, Field(ge=0)]
+MaxChars = Annotated[int, Field(ge=1)] | Literal["unlimited"]
+Role = Literal["assistant", "user", "system", "any"]
+
+
+class TextRule(RuleSettings):
+    """A rule for texts of one role; a document counts as the assistant's."""
+
+    role: Role = "assistant"
+    """Whose texts are judged: each reply by itself, or all texts of another role together."""
+
+
+class Instruction(Settings):
+    """An instruction that many conversations begin with, and other ways to say it."""
+
+    text: Annotated[str, Field(min_length=1)]
+    """How the first user message begins."""
+    variants: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+    """What to begin with instead, drawn by the conversation's hash; list `text` too to keep it."""
+
+
+class Templates(Settings):
+    """Beginnings and ends that many replies share, which a model would learn to repeat."""
+
+    chars: Annotated[int, Field(ge=10, le=10_000)] = 80
+    """How many characters must be the same, at the start or at the end of a reply."""
+    share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Warn when more than this share of the conversations has the same one."""
+    max_copies: Annotated[int, Field(ge=1)] | Literal["unlimited"] = "unlimited"
+    """Keep the first so many conversations with the same one, and drop the others."""
+
+
+class Clean(Stage):
+    """Repair texts and leave out what should not be learned.
+
+    A reply that must not be learned keeps its place, so that later replies have their context, but
+    carries no loss (`weight: 0`); a conversation is dropped when no reply is left to learn. Of a
+    preference, the better reply is judged.
+    """
+
+    stage: Literal["clean"]
+    normalise: bool = True
+    """One form of letters (NFC), spaces and line ends; nothing invisible, few blank lines."""
+    min_reply_chars: Chars = 1
+    """Shorter replies are not learned."""
+    max_reply_chars: MaxChars = "unlimited"
+    """Longer replies are not learned."""
+    min_document_chars: Chars = 1
+    """Shorter documents are dropped."""
+    max_document_chars: MaxChars = "unlimited"
+    """Longer documents are dropped."""
+    exact_duplicates: Literal["drop", "keep"] = "drop"
+    """What becomes of conversations that say the same as an earlier one, in whatever file."""
+    near_duplicates: Annotated[float, Field(gt=0, le=1)] | Literal["keep"] = "keep"
+    """Drop what shares at least this share of its word runs with an earlier one; 0.8 is usual."""
+    languages: tuple[Annotated[str, Field(min_length=2, max_length=3)], ...] = ()
+    """Drop conversations whose replies are surely in other languages than these, like [ru, en]."""
+    replacements: dict[Annotated[str, Field(min_length=1)], str] = Field(default_factory=dict)
+    """What to write for place-holders: `name: Aria` for {{name}}, `"[Your Name]": Aria`."""
+    placeholders: Literal["drop", "report", "keep"] = "report"
+    """Replies with a place-holder that nobody filled in, like {{name}} or [Your Name]."""
+    refusals: Literal["drop", "report", "keep"] = "keep"
+    """Replies that refuse or say "As an AI language model", in English or Russian."""
+    phrases: tuple[Annotated[str, Field(min_length=2)], ...] = ()
+    """Further phrases that count as refusals, anywhere in a reply and in any letter case."""
+    templates: Templates = Templates()
+    """Beginnings and ends that many replies share."""
+    secrets: Literal["redact", "drop", "report", "keep"] = "report"
+    """Keys, tokens and passwords, anywhere; redact writes [key] and [password] over them."""
+    personal_data: Literal["redact", "drop", "report", "keep"] = "report"
+    """E-mail addresses, telephone, card and account numbers; redact writes [email], [phone], …"""
+    require: tuple[TextRule, ...] = ()
+    """Rules to keep: replies that break one are not learned; other roles' texts drop all."""
+    forbid: tuple[TextRule, ...] = ()
+    """Rules whose pattern or sections must not be there; else as `require`."""
+    instructions: tuple[Instruction, ...] = ()
+    """Instructions to vary, so that the model learns the task and not one wording of it."""
+
+    reads = ("conversations",)
+    writes = "conversations"
+    shows: ClassVar[Mapping[str, str]] = {
+        "": "conversations.jsonl",
+        "dropped": "dropped.jsonl",
+        "statistics": "statistics.json",
+    }
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Clean:
+        for name in ("reply", "document"):
+            most = getattr(self, f"max_{name}_chars")
+            least = getattr(self, f"min_{name}_chars")
+            if most != "unlimited" and most < least:
+                raise ValueError(
+                    f"has max_{name}_chars {most} below min_{name}_chars {least}; swap the two"
+                )
+        if self.near_duplicates != "keep" and self.exact_duplicates == "keep":
+            raise ValueError(
+                "drops near_duplicates but keeps exact_duplicates, which are the nearest of all"
+            )
+        if self.phrases and self.refusals == "keep":
+            raise ValueError("has phrases but keeps refusals; set refusals to drop or report")
+        return self
+
+    def run(self, dirs: Dirs) -> Metrics:
+        source = dirs.inputs["conversations"] / "conversations.jsonl"
+        tally = cleaning.Tally()
+        numbers = statistics.Statistics(self.templates.chars)
+        found = cleaning.judged(cleaning.counted(source, tally, dirs.emit), self._steps(tally))
+        found = cleaning.repeats(found, drop=self.exact_duplicates == "drop", tally=tally)
+        if self.near_duplicates != "keep":
+            found = cleaning.without_near(found, self.near_duplicates, dirs.scratch)
+        if self.templates.max_copies != "unlimited":
+            found = cleaning.without_templates(
+                found, self.templates.max_copies, numbers, self.templates.chars
+            )
+        found = cleaning.varied(
+            found, [(i.text.strip(), i.variants) for i in self.instructions], tally
+        )
+        cleaning.write(dirs.output, found, numbers, tally)
+        cleaning.refuse_nothing(tally)
+        for text in tally.warnings(numbers, self.templates.share):
+            dirs.emit({"event": "warning", "text": text})
+        summary = numbers.summary()
+        what = "documents" if summary["documents"] > summary["replies"] else "replies"
+        said = statistics.verdict(summary[what], what)
+        dirs.emit({"event": "verdict", "text": said})
+        repeated = numbers.templates(self.templates.share)
+        report = {
+            **summary,
+            "exact_duplicates": tally.counts["exact_duplicates"],
+            "templates": [
+                {"place": where, "text": text, "conversations": count}
+                for where, text, count in repeated
+            ],
+            "verdict": said,
+        }
+        (dirs.output / "statistics.json").write_text(
+            json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+        )
+        return tally.metrics(len(repeated))
+
+    def rows(self, artifact: Path, view: str) -> Iterator[str]:
+        if view == "statistics":
+            report = json.loads((artifact / "statistics.json").read_text(encoding="utf-8"))
+            yield json.dumps(report, ensure_ascii=False)
+        else:
+            yield from super().rows(artifact, view)
+
+    def _steps(self, tally: cleaning.Tally) -> list[cleaning.Step]:
+        """What is done to each conversation, in this order."""
+        steps: list[cleaning.Step] = []
+        if self.normalise:
+            steps.append(cleaning.normalise)
+        if self.replacements:
+            steps.append(partial(cleaning.fill, replacements=self.replacements))
+        steps.append(cleaning.refuse_empty)
+        steps.append(partial(cleaning.count_marks, tally=tally))
+        if {self.secrets, self.personal_data} != {"keep"}:
+            treatments = {"secrets": self.secrets, "personal_data": self.personal_data}
+            steps.append(partial(cleaning.protect, treatments=treatments, tally=tally))
+        steps.append(
+            partial(
+                cleaning.judge_replies,
+                faults=self._faults(tally),
+                document_chars=(self.min_document_chars, self.max_document_chars),
+                reply_chars=(self.min_reply_chars, self.max_reply_chars),
+                tally=tally,
+            )
+        )
+        steps += [
+            partial(cleaning.judge_role, rule=rule.plain(), role=rule.role, forbidden=forbidden)
+            for forbidden, wanted in ((False, self.require), (True, self.forbid))
+            for rule in wanted
+            if rule.role != "assistant"
+        ]
+        if self.languages:
+            steps.append(
+                partial(cleaning.judge_language, wanted=cleaning.known_languages(self.languages))
+            )
+        return steps
+
+    def _faults(self, tally: cleaning.Tally) -> list[cleaning.Judge]:
+        """What makes a reply or a document one that is not learned, or is reported."""
+        phrases = tuple(leftovers.folded(phrase) for phrase in self.phrases)
+        faults: list[cleaning.Judge] = []
+        if self.placeholders != "keep":
+            faults.append(
+                cleaning.reporting(cleaning.placeholder, self.placeholders == "drop", tally)
+            )
+        if self.refusals != "keep":
+            refuses = partial(cleaning.refusal, phrases=phrases)
+            faults.append(cleaning.reporting(refuses, self.refusals == "drop", tally))
+        faults += [
+            partial(cleaning.rule_fault, rule=rule.plain(), forbidden=forbidden)
+            for forbidden, wanted in ((False, self.require), (True, self.forbid))
+            for rule in wanted
+            if rule.role == "assistant"
+        ]
+        return faults

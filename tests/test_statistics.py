@@ -1,0 +1,75 @@
+from typing import Any
+
+import pytest
+
+from runner.chat.statistics import Statistics, estimated_tokens, learned_texts, verdict
+
+
+def chat(*texts: str, **more: Any) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    return {
+        "messages": [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)],
+        **more,
+    }
+
+
+def added(*records: dict[str, Any], chars: int = 10) -> Statistics:
+    numbers = Statistics(chars)
+    for record in records:
+        numbers.add(record)
+    return numbers
+
+
+def test_conversations_turns_and_replies_are_counted() -> None:
+    summary = added(chat("q", "a", "q", "a"), chat("q"), {"text": "книга"}).summary()
+    counts = ("conversations", "documents", "turns", "replies", "characters")
+    assert [summary[name] for name in counts] == [3, 1, 5, 2, 10]
+
+
+def test_the_share_of_each_script_is_by_letters() -> None:
+    assert added(chat("привет", "hi")).summary()["scripts"] == {"Cyrillic": 0.75, "Latin": 0.25}
+
+
+def test_tokens_are_estimated_by_script() -> None:
+    assert estimated_tokens(400, {"Latin": 300}) == 100
+    assert estimated_tokens(270, {"Cyrillic": 200}) == 100
+    assert estimated_tokens(0, {}) == 0
+
+
+def test_the_better_reply_of_a_preference_is_what_is_learned() -> None:
+    better = [{"role": "assistant", "content": "good"}]
+    worse = [{"role": "assistant", "content": "bad"}]
+    assert list(learned_texts(chat("q", chosen=better, rejected=worse))) == ["good"]
+    assert list(learned_texts(chat("q", "a", label=False))) == []
+
+
+def test_a_beginning_that_many_replies_share_is_found() -> None:
+    records = [chat("q", f"Конечно, с радостью помогу: {n}") for n in range(6)]
+    records += [chat("q", f"Вопрос {n} решается просто и быстро") for n in range(14)]
+    found = added(*records).templates(0.2)
+    assert ("begins", "Конечно, с", 6) in found
+    assert added(*records).templates(0.9) == [("ends", "о и быстро", 14)][:0]
+
+
+def test_a_few_copies_are_chance() -> None:
+    assert added(*[chat("q", "the very same reply again")] * 4).templates(0.1) == []
+
+
+def test_a_quoted_stretch_holds_no_half_of_a_secret() -> None:
+    token = "sk" + "-abcdefghijklmnopqrstuvwxyz0123456789"
+    found = added(*[chat("q", f"{token} is the key")] * 9, chars=20).templates(0.1)
+    assert [text for place, text, _ in found if place == "begins"] == ["[key] is the key"]
+    assert "vwxyz0123456789" not in str(found)
+
+
+@pytest.mark.parametrize(
+    ("examples", "words"),
+    [
+        (12, "12 replies to learn from: 1,000 are advised at least"),
+        (1000, "enough to begin with"),
+        (4000, "a good number"),
+        (10_000, "as many as can be wished for"),
+    ],
+)
+def test_the_advice_is_by_how_much_there_is(examples: int, words: str) -> None:
+    assert words in verdict(examples, "replies")
