@@ -5,8 +5,7 @@ import pytest
 
 from runner.engine import recipe
 from runner.errors import RecipeError
-from runner.stages import STAGES
-from runner.stages.schema import Recipe, json_schema
+from runner.stages.schema import STAGES, Recipe, json_schema
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from runner.errors import InterruptedRun, PreconditionError, RunnerError
-from runner.model import batches, checkpoint, load, lora, score, sft, tokens
+from runner.model import batches, checkpoint, load, lora, packing, score, sft, tokens
 from tests import tiny_models
 from tests.tiny_models import Family
 
@@ -274,6 +274,54 @@ def test_a_stopped_training_ends_with_the_bits_of_an_unbroken_one(
         (tmp_path / name / "output" / "metrics.jsonl").read_text() for name in ("whole", "cut")
     ]
     assert curves[0] == curves[1]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token files with two or three rows in a pack."""
+    folder = tiny_models.token_files(
+        tmp_path_factory.mktemp("packed"),
+        tiny_models.conversations(24),
+        tiny_models.conversations(3, "eval"),
+    )
+    rows = tokens.read(folder / "train.arrow")
+    packing.write(folder, rows.lengths, rows.conversations, 56)
+    return folder
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_stopped_training_on_packs_ends_with_the_bits_of_an_unbroken_one(
+    base: Path, packed: Path, tmp_path: Path, dropout: float, step: int
+) -> None:
+    whole = tiny_models.trained(base, packed, tmp_path / "whole", dropout=dropout)
+    with pytest.raises(InterruptedRun, match=f"after step {step} of {whole['steps']}"):
+        tiny_models.trained(base, packed, tmp_path / "cut", dropout=dropout, emit=stop_at(step))
+    tiny_models.trained(base, packed, tmp_path / "cut", dropout=dropout)
+    assert_same_bits(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_model_that_mixes_packed_rows_trains_on_them_one_by_one_and_says_so(
+    base: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_models.trained(base, packed, tmp_path / "packed")
+    monkeypatch.setattr(batches, "isolates", lambda model, rows: False)
+    events: list[dict[str, Any]] = []
+    tiny_models.trained(base, packed, tmp_path / "alone", events=events)
+    assert [e["text"] for e in events if e["event"] == "warning"] == [
+        "this model cannot keep packed rows apart, so each is a sequence of its own"
+    ]
+    together, alone = eval_losses(tmp_path / "packed"), eval_losses(tmp_path / "alone")
+    assert together == pytest.approx(alone, rel=1e-4)
+
+
+def test_other_packs_are_another_training(base: Path, packed: Path, tmp_path: Path) -> None:
+    tiny_models.trained(base, packed, tmp_path)
+    again = shutil.copytree(packed, tmp_path / "tokens")
+    rows = tokens.read(again / "train.arrow")
+    packing.write(again, rows.lengths, rows.conversations, 60)
+    with pytest.raises(RunnerError, match="other settings or data"):
+        tiny_models.trained(base, again, tmp_path)
 
 
 @pytest.mark.parametrize(

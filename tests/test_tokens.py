@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset, disable_progress_bars
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from runner.errors import RunnerError
-from runner.model import load, template, tokens
+from runner.model import load, packing, template, tokens
 from tests.chat_tokenizers import CHATML, GEMMA2, LLAMA3, QWEN3, chat, tiny
 
 disable_progress_bars()
@@ -33,6 +40,7 @@ class Desk:
         self.tokenizer = tiny(chat_template)
         self.tokenizer.save_pretrained(self.base)
         self.progress: list[tuple[int, int]] = []
+        self.events: list[dict[str, Any]] = []
 
     def write(
         self,
@@ -42,7 +50,16 @@ class Desk:
         max_tokens: int = 10_000,
         overflow: tokens.Overflow = "rebase",
         output: str = "tokens",
+        packed: bool = False,
+        scratch: Path | None = None,
+        previous: Path | None = None,
+        stop_after: int = 10**9,
     ) -> dict[str, Any]:
+        def progress(done: int, total: int) -> None:
+            self.progress.append((done, total))
+            if done >= stop_after:
+                raise KeyboardInterrupt
+
         records = [
             {"id": id, "source": {}, "messages": list(messages)}
             for id, messages in conversations.items()
@@ -51,6 +68,7 @@ class Desk:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             (self.folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
         self.output = self.folder / output
+        shutil.rmtree(self.output, ignore_errors=True)
         self.output.mkdir()
         return tokens.write(
             base=self.base,
@@ -59,7 +77,11 @@ class Desk:
             output=self.output,
             max_tokens=max_tokens,
             overflow=overflow,
-            progress=lambda done, total: self.progress.append((done, total)),
+            progress=progress,
+            packed=packed,
+            scratch=scratch,
+            previous=previous,
+            emit=self.events.append,
         )
 
     @property
@@ -141,7 +163,7 @@ def test_each_content_is_tokenised_once_for_all_chains(
     asked: list[str] = []
     tokenised = template.Encoder.tokenised
 
-    def counted(self: template.Encoder, texts: Any) -> dict[str, list[int]]:
+    def counted(self: template.Encoder, texts: Any) -> dict[str, template.Array]:
         found = tokenised(self, texts)
         asked.extend(found)
         return found
@@ -186,6 +208,7 @@ def test_splits_are_written_apart_and_counted(desk: Desk) -> None:
         "train_dropped": 0,
         "train_unstable_conversations": 0,
         "train_system_folded": 0,
+        "train_refused_conversations": 0,
         "eval_rows": 1,
         "eval_replies": 1,
         "eval_tokens": len(evaluated[0].input_ids),
@@ -193,6 +216,7 @@ def test_splits_are_written_apart_and_counted(desk: Desk) -> None:
         "eval_dropped": 0,
         "eval_unstable_conversations": 0,
         "eval_system_folded": 0,
+        "eval_refused_conversations": 0,
     }
     assert desk.progress[-1] == (2, 2)
 
@@ -385,3 +409,243 @@ def test_real_chats_become_rows_of_smollm2(smollm2: Path, tmp_path: Path) -> Non
     [row] = desk.rows
     assert desk.learned(row) == [("Hello<|im_end|>", 1.0), ("12 345<|im_end|>", 1.0)]
     assert desk.text(row).startswith("<|im_start|>system\nYou are a helpful AI assistant")
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_packing_adds_the_pack_of_each_row_and_changes_nothing_else(desk: Desk) -> None:
+    conversations = {f"c{n}": LONG[: 2 * n % 8 + 2] for n in range(12)}
+    chains = [chain(id, 0, {1: 1}) for id in conversations]
+    desk.write(conversations, chains, max_tokens=200, output="plain")
+    metrics = desk.write(conversations, chains, max_tokens=200, output="packed", packed=True)
+    packs = packing.read(desk.output)
+    assert packs is not None
+    assert metrics["train_packs"] == max(packs) + 1 < 12
+    filled = np.bincount(packs, weights=[len(row.input_ids) for row in desk.rows])
+    assert filled.max() <= 200
+    assert metrics["train_pack_fill"] == pytest.approx(filled.mean() / 200, abs=1e-4)
+    plain, packed = bytes_of(desk.folder / "plain"), bytes_of(desk.output)
+    assert packed.pop("packs.arrow")
+    assert packed == plain
+
+
+def test_messages_without_text_are_left_out_and_indices_stay_those_of_the_record(
+    desk: Desk,
+) -> None:
+    messages = [
+        *chat("Hi", "", "And?", "Да", system="S"),
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]},
+        {"role": "tool", "content": "7"},
+        *chat("More", "ok"),
+    ]
+    desk.write({"a": messages}, [chain("a", 1, {4: 1, 8: 2}), chain("a", 3, {4: 1, 8: 1})])
+    whole, later = desk.rows
+    assert desk.learned(whole) == [("Да<|im_end|>", 1.0), ("ok<|im_end|>", 2.0)]
+    assert [line.split("<")[0] for line in desk.text(whole).split("<|im_start|>")[1:]] == [
+        "system\nS",
+        "user\nHi",
+        "user\nAnd?",
+        "assistant\nДа",
+        "tool\n7",
+        "user\nMore",
+        "assistant\nok",
+    ]
+    assert "Hi" not in desk.text(later)
+
+
+def test_loss_on_a_message_without_text_is_an_error(desk: Desk) -> None:
+    with pytest.raises(RunnerError, match="loss on message 1, which is not a reply"):
+        desk.write({"a": chat("Hi", " ", "And?", "ok")}, [chain("a", 0, {1: 1})])
+
+
+TOOLS = [*chat("Hi"), {"role": "tool", "content": "7"}, {"role": "assistant", "content": "ok"}]
+
+
+def test_a_conversation_that_the_template_refuses_is_set_aside_with_the_reason(
+    tmp_path: Path,
+) -> None:
+    desk = Desk(tmp_path, GEMMA2)
+    metrics = desk.write(
+        {"a": LONG, "tools": TOOLS, "b": LONG},
+        [chain("a", 0, {1: 1}), chain("tools", 0, {2: 1}), chain("b", 0, {1: 1}, "eval")],
+    )
+    reason = (
+        "the chat template refuses these messages (user, tool, assistant): "
+        "Conversation roles must alternate"
+    )
+    assert [row.conversation for row in desk.rows] == ["a"]
+    assert desk.dropped == [{"conversation": "tools", "first": 0, "reason": reason}]
+    assert metrics["train_dropped"] == metrics["train_refused_conversations"] == 1
+    assert metrics["eval_refused_conversations"] == 0
+    [warning] = desk.events
+    assert warning == {
+        "event": "warning",
+        "text": "the chat template refuses 1 of 3 conversations, or parts of them, which are left "
+        f"out (see dropped.jsonl); most often: conversation 'tools' from message 0: {reason}",
+    }
+
+
+def test_only_the_chains_that_the_template_refuses_are_set_aside(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, GEMMA2)
+    messages = [*TOOLS, *chat("And?", "Да")]
+    desk.write({"a": messages}, [chain("a", 0, {4: 1}), chain("a", 3, {4: 1})])
+    assert [row.first for row in desk.rows] == [3]
+    assert [lost["first"] for lost in desk.dropped] == [0]
+
+
+def test_a_fault_of_the_template_itself_stays_an_error(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, CHATML.replace("<|im_end|>", ""))
+    with pytest.raises(RunnerError, match=r"conversation 'a' from message 0: .*no end of turn"):
+        desk.write({"a": LONG, "b": LONG}, [chain("a", 0, {1: 1}), chain("b", 0, {1: 1})])
+
+
+# One more of each kind that takes another way through the code.
+KINDS = [LONG, LONG[:2], chat("Hi", "x" * 300, "And?", "ok", system="S"), TOOLS, LONG[2:6]]
+
+
+def many(kinds: Sequence[int]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A conversation of each of these kinds, and its chains."""
+    conversations = {f"c{place}-{kind}": KINDS[kind] for place, kind in enumerate(kinds)}
+    chains = []
+    for id, messages in conversations.items():
+        own = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+        split = "eval" if id.endswith("1") else "train"
+        chains.append(chain(id, 0, dict.fromkeys(own, 1.0), split))
+        if messages is not TOOLS:
+            chains.append(chain(id, own[-1] - 1, {own[-1]: 2.0}, split))
+    return conversations, chains
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    return Desk(tmp_path_factory.mktemp("gemma"), GEMMA2)
+
+
+kinds = st.lists(st.integers(0, len(KINDS) - 1), max_size=12)
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(before=kinds, after=kinds, batch_tokens=st.sampled_from([40, 300, 10**6]))
+def test_what_is_taken_over_from_an_earlier_output_gives_the_bytes_of_a_build_from_nothing(
+    gemma: Desk,
+    monkeypatch: pytest.MonkeyPatch,
+    before: list[int],
+    after: list[int],
+    batch_tokens: int,
+) -> None:
+    monkeypatch.setattr(tokens, "_BATCH_TOKENS", batch_tokens)
+    gemma.write(*many([0, *before]), max_tokens=150, output="before")
+    expected = gemma.write(*many([0, *after]), max_tokens=150, output="anew", packed=True)
+    previous = gemma.folder / "before"
+    found = gemma.write(
+        *many([0, *after]), max_tokens=150, output="over", packed=True, previous=previous
+    )
+    assert bytes_of(gemma.folder / "over") == bytes_of(gemma.folder / "anew")
+    assert found == expected
+
+
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts that the tokenizer is given from now on."""
+    texts: list[str] = []
+    tokenised = template.Encoder.tokenised
+
+    def counted(self: template.Encoder, wanted: Any) -> dict[str, template.Array]:
+        found = tokenised(self, wanted)
+        texts.extend(found)
+        return found
+
+    monkeypatch.setattr(template.Encoder, "tokenised", counted)
+    return texts
+
+
+def test_only_conversations_that_are_new_or_have_other_chains_are_encoded(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversations = {"a": chat("a", "A"), "b": chat("b", "B"), "c": chat("c", "C")}
+    desk.write(
+        conversations, [chain(id, 0, {1: 1}) for id in "abc"], max_tokens=99, output="before"
+    )
+    texts = asked(monkeypatch)
+    chains = [chain("a", 0, {1: 1}), chain("b", 0, {1: 2}), chain("d", 0, {1: 1})]
+    desk.write(
+        {"d": chat("d", "D"), **conversations},
+        [*chains, chain("c", 0, {1: 1}, "eval")],
+        max_tokens=99,
+        previous=desk.folder / "before",
+    )
+    assert sorted(texts) == ["B", "C", "D", "b", "c", "d"]
+
+
+def test_an_earlier_output_of_another_version_is_not_taken(desk: Desk, tmp_path: Path) -> None:
+    desk.write({"a": LONG}, [chain("a", 0, {1: 1})], output="before")
+    (desk.output / "conversations.arrow").unlink()
+    desk.write({"a": LONG}, [chain("a", 0, {1: 1})], previous=desk.folder / "before")
+    assert len(desk.rows) == 1
+
+
+@pytest.mark.parametrize("stop_after", [2, 7, 11])
+def test_an_interrupted_run_goes_on_where_it_was_and_ends_in_the_same_bytes(
+    gemma: Desk, monkeypatch: pytest.MonkeyPatch, stop_after: int, tmp_path: Path
+) -> None:
+    everything = many([0, 1, 2, 3, 4] * 3)
+    gemma.write(*everything, max_tokens=150, output="anew")
+    monkeypatch.setattr(tokens, "_BLOCK_CHARS", 1)
+    monkeypatch.setattr(tokens, "_PART_CHARS", 1)
+    scratch = tmp_path / "scratch"
+    with pytest.raises(KeyboardInterrupt):
+        gemma.write(
+            *everything, max_tokens=150, output="cut", scratch=scratch, stop_after=stop_after
+        )
+    (scratch / ".part-1").mkdir()
+    gemma.progress.clear()
+    gemma.write(*everything, max_tokens=150, output="cut", scratch=scratch)
+    assert bytes_of(gemma.folder / "cut") == bytes_of(gemma.folder / "anew")
+    assert gemma.progress[0][0] == stop_after + 1
+    assert not list(scratch.glob(".*"))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from runner.model import tokens
+
+def progress(done, total):
+    if done >= 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+tokens._BLOCK_CHARS = tokens._PART_CHARS = 1
+folder = Path(sys.argv[1])
+tokens.write(
+    base=folder / "base",
+    conversations=folder / "conversations.jsonl",
+    chains=folder / "chains.jsonl",
+    output=folder / "cut",
+    max_tokens=150,
+    overflow="rebase",
+    progress=progress,
+    scratch=folder / "scratch",
+)
+"""
+
+
+def test_a_killed_process_has_lost_no_finished_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(tmp_path, GEMMA2)
+    everything = many([0, 1, 2, 3, 4] * 2)
+    desk.write(*everything, max_tokens=150, output="anew")
+    (tmp_path / "cut").mkdir()
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert killed.returncode == -signal.SIGKILL
+    monkeypatch.setattr(tokens, "_BLOCK_CHARS", 1)
+    desk.write(*everything, max_tokens=150, output="cut", scratch=tmp_path / "scratch")
+    assert desk.progress[-1] == (10, 10)
+    resumed = [done for done, _ in desk.progress[1:]]
+    assert resumed[0] >= 5
+    assert bytes_of(tmp_path / "cut") == bytes_of(tmp_path / "anew")

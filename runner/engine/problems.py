@@ -9,8 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from runner.engine.words import did_you_mean, shown
 from runner.engine.yaml12 import Document
-from runner.stages import STAGES
-from runner.stages.schema import Recipe
+from runner.stages.schema import STAGES, Recipe
 
 Path = tuple[str | int, ...]
 

@@ -212,6 +212,6 @@ def _lineage(names: Iterable[str], above: Mapping[str, tuple[Stage, dict[str, st
 
 
 def _makers(kind: str) -> list[str]:
-    from runner.stages import STAGES
+    from runner.stages.schema import STAGES
 
     return [name for name, stage in STAGES.items() if stage.writes == kind]

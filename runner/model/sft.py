@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from runner import disk
 from runner.errors import InterruptedRun, PreconditionError, RunnerError
-from runner.model import adapter, batches, checkpoint, load, lora, score, tokens
+from runner.model import adapter, batches, checkpoint, load, lora, packing, score, tokens
 from runner.model.checkpoint import Checkpoint
 from runner.model.load import Dtype
 from runner.model.tokens import Row
@@ -73,6 +74,8 @@ def train(
 ) -> dict[str, float | int | str]:
     """Trains on `tokens/train.arrow` and writes the best checkpoint by `tokens/eval.arrow`.
 
+    Where there is `tokens/packs.arrow`, rows of one pack share a sequence, each for itself.
+
     `output` gets an adapter in PEFT's layout or a model in Hugging Face's, and `metrics.jsonl`.
     Checkpoints go to `scratch`; what is there already is gone on from, exactly as if there had
     been no stop (bit for bit on a CPU). Raises InterruptedRun after SIGTERM or SIGINT, with a
@@ -80,8 +83,9 @@ def train(
     """
     _use_the_whole_processor()
     rows, held_out = _rows(tokens)
+    packs = packing.read(tokens)
     steps = batches.planned(
-        rows, batch_size=batch_size, epochs=epochs, max_steps=max_steps, seed=seed
+        rows, batch_size=batch_size, epochs=epochs, max_steps=max_steps, seed=seed, packs=packs
     )
     every = every_steps or min(_steps_of_first_epoch(steps), MOST_STEPS_BETWEEN_CHECKPOINTS)
 
@@ -90,6 +94,10 @@ def train(
     torch.manual_seed(seed)
     model = _model(base, method, dtype, device, rank, alpha, dropout, target_modules)
     score.check_logits(model, rows[0])
+    packed = packs is not None and batches.isolates(model, rows)
+    if packs is not None and not packed:
+        text = "this model cannot keep packed rows apart, so each is a sequence of its own"
+        emit({"event": "warning", "text": text})
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = _optimizer(trained, learning_rate, weight_decay)
     # Weights in float32 are computed with in `dtype`; an adapter's base is in it already.
@@ -145,8 +153,9 @@ def train(
             rate = learning_rate * rate_factor(done, len(steps), warmup_fraction, schedule)
             for group in optimizer.param_groups:
                 group["lr"] = rate
+            sizes = [len(rows) for rows in step.sequences] if packed else [1] * len(chosen)
             loss, norm, limits = _gradients(
-                model, trained, chosen, done + 1, limits, mixed, max_grad_norm, emit
+                model, trained, chosen, sizes, done + 1, limits, mixed, max_grad_norm, emit
             )
             optimizer.step()
             optimizer.zero_grad()
@@ -346,6 +355,7 @@ def _gradients(
     model: nn.Module,
     trained: Mapping[str, nn.Parameter],
     rows: Sequence[Row],
+    sizes: Sequence[int],
     step: int,
     limits: _Limits,
     mixed: torch.autocast,
@@ -360,7 +370,7 @@ def _gradients(
     before = _random_state(next(iter(trained.values())).device)
     while True:
         try:
-            losses = _backward(model, rows, limits, mixed)
+            losses = _backward(model, rows, limits, mixed, sizes)
         except torch.OutOfMemoryError:
             losses = None
         if losses is None:
@@ -382,24 +392,33 @@ def _gradients(
 
 
 def _backward(
-    model: nn.Module, rows: Sequence[Row], limits: _Limits, mixed: torch.autocast
+    model: nn.Module,
+    rows: Sequence[Row],
+    limits: _Limits,
+    mixed: torch.autocast,
+    sizes: Sequence[int] = (),
 ) -> list[tuple[float, tuple[str, ...]]]:
     """Adds up the gradient; each pass's share of the step's loss, and whose it is.
 
     The loss of a step is sum(weight · nll) / sum(weight) over all of its rows, so the division
-    into passes does not show in it.
+    into passes does not show in it. `sizes` are the rows of each pack in turn, where rows are
+    packed; a pack with more tokens than a pass is cut between its rows.
     """
     device = next(model.parameters()).device
     total_weight = sum(float(row.weights.sum(dtype="float64")) for row in rows)
+    left = iter(rows)
+    packs = [list(islice(left, size)) for size in sizes or [1] * len(rows)]
+    if limits.micro_batch_size is None:
+        packs = [piece for pack in packs for piece in batches.divided(pack, limits.pass_tokens)]
     groups = batches.micro_batches(
-        [len(row.input_ids) for row in rows],
+        [sum(len(row.input_ids) for row in pack) for pack in packs],
         micro_batch_size=limits.micro_batch_size,
         pass_tokens=limits.pass_tokens,
     )
     losses = []
     for group in groups:
-        batch = batches.padded([rows[place] for place in group], device)
-        with mixed:
+        batch = batches.packed([packs[place] for place in group], device)
+        with mixed, batches.isolated(model, batch):
             loss = score.summed_nll(model, batch) / total_weight
         (loss * limits.loss_scale).backward()  # type: ignore[no-untyped-call]
         losses.append((loss.detach(), batch.conversations))
@@ -592,8 +611,9 @@ def _fingerprint(
 ) -> str:
     """Names a training by what decides its weights, so that no other one's are gone on from."""
     facts: list[object] = [*settings]
-    for name in ("train.arrow", "eval.arrow"):
-        with (folder / name).open("rb") as file:
+    names = ("train.arrow", "eval.arrow", packing.FILE)
+    for path in (folder / name for name in names if (folder / name).exists()):
+        with path.open("rb") as file:
             facts.append(hashlib.file_digest(file, "sha256").hexdigest())
     facts.append([(name, list(parameter.shape)) for name, parameter in trained.items()])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

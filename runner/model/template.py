@@ -6,14 +6,23 @@ are encoded with control tokens, contents without, so `<|im_start|>` typed by a 
 and the loss is taken from the same cuts, never by searching text. The price: the template is also
 rendered with the real contents, to prove that cutting and joining gives the very same text.
 A reply is what the model writes after its generation prompt: its content, and its end of turn.
+
+A template is a program by somebody else. It runs in jinja's sandbox, with limits on its time, its
+memory and what it writes, so that none can hang or flood the machine.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import sys
+import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -21,19 +30,36 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import jinja2
+import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from runner.errors import RunnerError
 
+if sys.platform != "win32":
+    import resource
+
 Message = Mapping[str, str]
 Ids = tuple[int, ...]
+Array = npt.NDArray[np.int32]
 Trim = Literal["keep", "newlines", "space"]
 
 BATCH_CHARS = 4_000_000
 """Characters of different contents that go through the Rust tokenizer in one call."""
 _STEPS_AT_AN_END = 32
+
+RENDER_S = 1.0
+"""Seconds of computing that one rendering may take."""
+RENDER_CHARS = 4_000_000
+"""Characters that a template may write beside the contents."""
+RENDER_BYTES = 2**28
+"""Memory that one rendering may take, beside what the contents need."""
+
+
+class Refused(RunnerError):
+    """The template cannot say these messages; others may be fine."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +159,7 @@ class _Skeleton:
     shape: tuple[str, ...]
     literals: tuple[str, ...]
     slots: tuple[_Slot, ...]
-    ids: tuple[Ids, ...]
+    ids: tuple[Array, ...]
     spans: tuple[_Span, ...]
 
 
@@ -157,13 +183,15 @@ class Encoder:
                 hint="the base model needs a tokenizer.json",
             )
         self._tokenizer = tokenizer
-        self._template = _compile_jinja_template(chat_template)
+        self._template = _compiled(chat_template)
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self._control = {
             id: token.content
             for id, token in tokenizer.added_tokens_decoder.items()
             if token.special or _is_marker(token.content, chat_template)
         }
+        self._is_control = np.zeros(max(len(tokenizer), *self._control, 0) + 1, bool)
+        self._is_control[list(self._control)] = True
         self._plain, self._prefixes = _without_control(backend, frozenset(self._control.values()))
         self._skeletons: dict[tuple[tuple[str, ...], bool], _Skeleton | str] = {}
         self._literals: dict[tuple[str, bool], Ids] = {}
@@ -196,15 +224,17 @@ class Encoder:
                 return Plan(skeleton, texts, folded)
         raise _rewrites(shown, rendered)
 
-    def tokenised(self, texts: Iterable[str]) -> dict[str, list[int]]:
+    def tokenised(self, texts: Iterable[str]) -> dict[str, Array]:
         """The ids of each different text, with no control token among them."""
         different = list(dict.fromkeys(texts))
         encoded = self._plain.encode_batch_fast(different, add_special_tokens=False)
-        known = {text: found.ids for text, found in zip(different, encoded, strict=True)}
-        control = self._control.keys()
+        known = {
+            text: np.array(found.ids, np.int32)
+            for text, found in zip(different, encoded, strict=True)
+        }
         for text, ids in known.items():
-            if not control.isdisjoint(ids):
-                name = next(self._control[id] for id in ids if id in control)
+            if self._is_control[ids].any():
+                name = self._control[int(ids[self._is_control[ids]][0])]
                 raise RunnerError(
                     f"the tokenizer makes the control token {name!r} out of plain text: "
                     f"{_excerpt(text)}",
@@ -212,22 +242,32 @@ class Encoder:
                 )
         return known
 
-    def joined(self, plan: Plan, known: Mapping[str, Sequence[int]]) -> Encoding:
+    def joined(self, plan: Plan, known: Mapping[str, Array]) -> Encoding:
         """The ids of a planned conversation, from the ids of its texts."""
+        ids, replies = self.joined_array(plan, known)
+        return Encoding(ids.tolist(), replies, plan.system_folded)
+
+    def joined_array(
+        self, plan: Plan, known: Mapping[str, Array]
+    ) -> tuple[Array, tuple[Reply, ...]]:
+        """`joined` for many: the ids as an array, and the replies."""
         skeleton = plan.skeleton
-        ids = list(skeleton.ids[0])
+        pieces = [skeleton.ids[0]]
         starts: list[int] = []
         stops: list[int] = []
+        length = len(skeleton.ids[0])
         for text, literal in zip(plan.texts, skeleton.ids[1:], strict=True):
-            starts.append(len(ids))
-            ids += known[text]
-            stops.append(len(ids))
-            ids += literal
+            ids = known[text]
+            starts.append(length)
+            length += len(ids)
+            stops.append(length)
+            length += len(literal)
+            pieces += (ids, literal)
         replies = tuple(
             Reply(starts[span.first_slot] - span.opening, stops[span.last_slot] + span.closing)
             for span in skeleton.spans
         )
-        return Encoding(ids, replies, plan.system_folded)
+        return np.concatenate(pieces), replies
 
     def is_stable(self, plan: Plan) -> bool:
         """See `is_prefix_stable`. Steps from reply to reply, and remembers each step.
@@ -325,7 +365,8 @@ class Encoder:
             openings.append(len(extra))
         ids[0] = self._with_one_bos(ids[0])
         spans = self._spans(shape, slots, literals, openings, opened)
-        return _Skeleton(shape, tuple(literals), slots, tuple(ids), spans)
+        arrays = tuple(np.array(literal, np.int32) for literal in ids)
+        return _Skeleton(shape, tuple(literals), slots, arrays, spans)
 
     def _spans(
         self,
@@ -411,14 +452,18 @@ class Encoder:
         return ids
 
     def _rendered(self, messages: Sequence[Message], opened: bool) -> str:
-        text: str = self._template.render(
-            messages=[{"role": m["role"], "content": m["content"]} for m in messages],
-            tools=None,
-            documents=None,
-            add_generation_prompt=opened,
-            strftime_now=_fixed_day,
-            **self._special_tokens,
-        )
+        chars = sum(len(message["content"]) for message in messages)
+        with _limited(chars):
+            text: str = self._template.render(
+                messages=[{"role": m["role"], "content": m["content"]} for m in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=opened,
+                strftime_now=_fixed_day,
+                **self._special_tokens,
+            )
+        if len(text) - chars > RENDER_CHARS:
+            raise _beyond(f"writes {len(text) - chars:,} characters beside the contents")
         return text
 
 
@@ -435,6 +480,98 @@ def _encoder(
 def _fixed_day(form: str) -> str:
     """The day that Llama's templates fall back to; with today's, no run could be repeated."""
     return datetime(2024, 7, 26).strftime(form)
+
+
+class _OutOfTime(BaseException):
+    """Not an Exception, so that nothing between the alarm and `_limited` takes it for its own."""
+
+
+@contextmanager
+def _limited(chars: int) -> Iterator[None]:
+    """Ends a rendering that takes too much time or memory, and names what breaks inside it.
+
+    A timer of the process and not a child: each rendering has to be watched, since a template can
+    wait for a certain content, and a child for each would cost more than all of the encoding.
+    Python runs signal handlers between its instructions and inside long arithmetic and searches,
+    and the one thing that can keep it longer, a large allocation, is what the limit on memory
+    forbids. The price: both hold in the main thread alone, where stages run; the timer not on
+    Windows, and the limit on memory only on Linux. What counts is the thread's own computing and
+    not the time on the wall, so that a busy or sleeping machine breaks nothing.
+    """
+    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
+        with _named():
+            yield
+        return
+    started = time.thread_time()
+
+    def look(*_: object) -> None:
+        if time.thread_time() - started > RENDER_S:
+            raise _OutOfTime
+
+    before = signal.signal(signal.SIGALRM, look)
+    timer = signal.getitimer(signal.ITIMER_REAL)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        if sys.platform == "linux":
+            most = _address_space() + RENDER_BYTES + 32 * chars
+            bounds = [bound for bound in limits if bound != resource.RLIM_INFINITY]
+            resource.setrlimit(resource.RLIMIT_AS, (min([most, *bounds]), limits[1]))
+        signal.setitimer(signal.ITIMER_REAL, RENDER_S, RENDER_S / 10)
+        with _named():
+            yield
+    except _OutOfTime:
+        raise _beyond(f"takes more than {RENDER_S:g} s for one conversation") from None
+    except MemoryError:
+        raise _beyond(f"takes more than {RENDER_BYTES // 2**20} MB of memory") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Whatever goes wrong inside a template is an error of the template."""
+    try:
+        yield
+    except (jinja2.TemplateError, MemoryError):
+        raise
+    except Exception as error:
+        raise jinja2.TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+def _address_space() -> int:
+    """Bytes of memory that the process has mapped."""
+    pages = int(os.pread(_own_memory(), 64, 0).split()[0])
+    return pages * resource.getpagesize()
+
+
+@lru_cache(maxsize=1)
+def _own_memory() -> int:
+    return os.open("/proc/self/statm", os.O_RDONLY)
+
+
+def _beyond(what: str) -> RunnerError:
+    return RunnerError(
+        f"the chat template {what}",
+        hint="no honest template does; do not trust this model, or use another template",
+    )
+
+
+def _compiled(chat_template: str) -> jinja2.Template:
+    """In jinja's immutable sandbox. Compiling is limited too: it computes what is constant."""
+    try:
+        with _limited(len(chat_template)):
+            template: jinja2.Template = _compile_jinja_template(chat_template)
+            return template
+    except jinja2.TemplateError as error:
+        line = getattr(error, "lineno", None)
+        where = f" at line {line}" if line else ""
+        raise RunnerError(
+            f"the chat template cannot be read{where}: {error}",
+            hint="get the model's tokenizer files again, or put a chat_template.jinja beside them",
+        ) from error
 
 
 _MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
@@ -553,13 +690,13 @@ def _check_places(places: Sequence[tuple[int, int]], shape: tuple[str, ...]) -> 
     for index, name in enumerate(shape):
         count = counts[(index, 2 if name.endswith(_THINKS) else 0)]
         if count != 1:
-            raise RunnerError(
+            raise Refused(
                 f"the chat template writes message {index} ({_role(name)}) {count} times",
                 hint="remove messages of that role, or use a template that writes each message "
                 "once",
             )
     if shape[-1].endswith(_THINKS) and (len(shape) - 1, 1) not in places:
-        raise RunnerError(
+        raise Refused(
             "the chat template drops the thought (<think>…</think>) of a reply that it ends with",
             hint="remove the thoughts from the data, or use a template that keeps them",
         )
@@ -616,20 +753,20 @@ def _folded(messages: Sequence[Message]) -> list[Message] | None:
     return [{"role": "user", "content": text}, *messages[2:]]
 
 
-def _refuses(messages: Sequence[Message], reason: str) -> RunnerError:
+def _refuses(messages: Sequence[Message], reason: str) -> Refused:
     roles = ", ".join(message["role"] for message in messages[:8])
     more = ", …" if len(messages) > 8 else ""
-    return RunnerError(
+    return Refused(
         f"the chat template refuses these messages ({roles}{more}): {reason}",
         hint="most templates want one system message at most, then user and assistant in turn",
     )
 
 
-def _rewrites(messages: Sequence[Message], rendered: str) -> RunnerError:
+def _rewrites(messages: Sequence[Message], rendered: str) -> Refused:
     lost = [n for n, message in enumerate(messages) if message["content"].strip() not in rendered]
     which = f"message {lost[0]} ({messages[lost[0]]['role']}): " if lost else ""
     text = _excerpt(messages[lost[0]]["content"]) if lost else "the text around them changes"
-    return RunnerError(
+    return Refused(
         f"the chat template drops or rewrites contents: {which}{text}",
         hint="remove what the template reacts to (often <think> or tool tags) from the data, or "
         "use another template",

@@ -1,39 +1,21 @@
-"""The stages a recipe may list. A new one is a file here and a line in `AnyStage`."""
+"""The stages, one file each, named as a recipe names them; `schema.py` lists them all."""
 
 from __future__ import annotations
 
+import importlib
 import json
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, TypeAdapter
-
-from runner.stages.clean import Clean
-from runner.stages.evaluate import Evaluate
-from runner.stages.export import Export
-from runner.stages.ingest import Ingest
-from runner.stages.split import Split
-from runner.stages.stage import Stage
-from runner.stages.tokenize import Tokenize
-from runner.stages.train import Train
-from runner.stages.window import Window
-
-AnyStage = Annotated[
-    Ingest
-    | Clean
-    | Window
-    | Split
-    | Tokenize
-    | Train
-    | Evaluate
-    | Export,
-    Field(discriminator="stage"),
-]  # fmt: skip
-
-STAGES: dict[str, type[Stage]] = {stage.kind(): stage for stage in get_args(get_args(AnyStage)[0])}
+if TYPE_CHECKING:
+    from runner.stages.stage import Stage
 
 
 def parsed(entry: dict[str, Any]) -> Stage:
-    """The stage that a checked entry of a recipe describes."""
-    adapter: TypeAdapter[Any] = TypeAdapter(AnyStage)
-    stage: Stage = adapter.validate_json(json.dumps(entry), strict=True)
-    return stage
+    """The stage that a checked entry of a recipe describes; only its own file is imported."""
+    from runner.stages.stage import Stage
+
+    kind = entry["stage"]
+    module = importlib.import_module(f"runner.stages.{kind}")
+    known = (value for value in vars(module).values() if isinstance(value, type))
+    (found,) = (v for v in known if issubclass(v, Stage) and v is not Stage and v.kind() == kind)
+    return found.model_validate_json(json.dumps(entry), strict=True)

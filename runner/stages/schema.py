@@ -1,13 +1,37 @@
-"""What a recipe may say: a name, a base model, and the list of stages."""
+"""What a recipe may say: a name, a base model, and the list of stages.
+
+A new stage is a file here and a line in `AnyStage`.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import Field, field_validator
 
-from runner.stages import AnyStage
-from runner.stages.stage import NAME, Settings
+from runner.stages.clean import Clean
+from runner.stages.evaluate import Evaluate
+from runner.stages.export import Export
+from runner.stages.ingest import Ingest
+from runner.stages.split import Split
+from runner.stages.stage import NAME, Settings, Stage
+from runner.stages.tokenize import Tokenize
+from runner.stages.train import Train
+from runner.stages.window import Window
+
+AnyStage = Annotated[
+    Ingest
+    | Clean
+    | Window
+    | Split
+    | Tokenize
+    | Train
+    | Evaluate
+    | Export,
+    Field(discriminator="stage"),
+]  # fmt: skip
+
+STAGES: dict[str, type[Stage]] = {stage.kind(): stage for stage in get_args(get_args(AnyStage)[0])}
 
 RESERVED_NAMES = ("apply.lock", "cache", "runs", "scratch", "state.db", "state.damaged", "store")
 

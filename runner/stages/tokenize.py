@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,7 +19,11 @@ class Tokenize(Stage):
     """The longest example, in tokens."""
     overflow: Literal["rebase", "drop", "fail"] = "rebase"
     """What to do with a longer one: start anew at a later turn, leave it out, or stop."""
+    packing: bool = False
+    """Put several short examples into one row of up to max_tokens; attention never crosses between
+    them."""
 
+    version: ClassVar[int] = 2
     reads = ("split", "conversations")
     writes = "tokens"
     uses_base_model = True
@@ -35,6 +39,10 @@ class Tokenize(Stage):
             output=dirs.output,
             max_tokens=self.max_tokens,
             overflow=self.overflow,
+            packed=self.packing,
+            scratch=dirs.scratch,
+            previous=dirs.previous,
+            emit=dirs.emit,
             progress=lambda done, total: dirs.emit(
                 {"event": "progress", "done": done, "total": total, "unit": "conversations"}
             ),
