@@ -13,6 +13,7 @@ from runner.errors import RunnerError
 from runner.stages.split import (
     Member,
     Split,
+    belonging,
     content,
     doubts,
     eval_set,
@@ -248,7 +249,12 @@ def test_what_belongs_together_stays_together(one: Record, other: Record, tmp_pa
     with pytest.raises(
         RunnerError, match=r"chats\.json, record 100\) is in train and .*record 101"
     ):
-        refuse_leaks(tmp_path / "wrong.jsonl", tmp_path / "conversations/conversations.jsonl", 0.8)
+        refuse_leaks(tmp_path / "wrong.jsonl", *marks(tmp_path, data))
+
+
+def marks(root: Path, data: list[Record]) -> tuple[list[Member], dict[str, str]]:
+    path = root / "conversations" / "conversations.jsonl"
+    return belonging(path, [record["id"] for record in data], 0.8)
 
 
 def test_a_conversation_on_both_sides_is_a_leak(tmp_path: Path) -> None:
@@ -260,7 +266,7 @@ def test_a_conversation_on_both_sides_is_a_leak(tmp_path: Path) -> None:
     ]
     jsonl.write(tmp_path / "wrong.jsonl", chains)
     with pytest.raises(RunnerError, match="is in train and in eval"):
-        refuse_leaks(tmp_path / "wrong.jsonl", tmp_path / "conversations/conversations.jsonl", 0.8)
+        refuse_leaks(tmp_path / "wrong.jsonl", *marks(tmp_path, data))
 
 
 def test_a_short_exchange_that_is_shared_joins_nothing() -> None:

@@ -60,11 +60,11 @@ class Split(Stage):
         ids = {chain["conversation"] for chain in jsonl.read(chains)}
         if not self.eval_fraction:
             return _counts(_mark(chains, marked, set()), ids, set())
-        members, joined = _read(conversations, ids, self.near_duplicates)
+        members, joined = belonging(conversations, ids, self.near_duplicates)
         groups = together(members, joined)
         held_out = eval_set(groups, self.eval_fraction)
         sides = _mark(chains, marked, held_out)
-        refuse_leaks(marked, conversations, self.near_duplicates)
+        refuse_leaks(marked, members, joined)
         for text in doubts(groups, held_out, self.eval_fraction):
             dirs.emit({"event": "warning", "text": text})
         near_duplicates = sum(content(id) != content(first) for id, first in joined.items())
@@ -145,14 +145,16 @@ def eval_set(groups: Iterable[Sequence[Member]], eval_fraction: float) -> set[st
     return {one.id for group in below for one in group}
 
 
-def refuse_leaks(chains: Path, conversations: Path, near_duplicates: float) -> None:
-    """Raises when a split that was written has what belongs together on both sides."""
+def refuse_leaks(chains: Path, members: Sequence[Member], joined: Mapping[str, str]) -> None:
+    """Raises when a split that was written has what belongs together on both sides.
+
+    It looks at each mark by itself, and so at none of the decisions that made the split.
+    """
     sides: dict[str, str] = {}
     for chain in jsonl.read(chains):
         id, side = chain["conversation"], chain["split"]
         if sides.setdefault(id, side) != side:
             raise _leak(f"conversation {id} is in train and in eval")
-    members, joined = _read(conversations, sides.keys(), near_duplicates)
     seen: dict[str, Member] = {}
     for one in members:
         for mark in (*one.marks, f"near:{joined[one.id]}"):
@@ -206,20 +208,23 @@ def _reasons(group: Sequence[Member]) -> str:
     return " and ".join(SHARED[kind] for kind in frequent) or SHARED["near"]
 
 
-def _read(
+def belonging(
     conversations: Path, ids: Iterable[str], near_duplicates: float
 ) -> tuple[list[Member], dict[str, str]]:
     """The conversations of those ids, and for each id the first one that it is a near duplicate
-    of. In two passes, so that memory never holds the texts.
+    of. Memory never holds the texts.
     """
     wanted = set(ids)
+    members: list[Member] = []
 
-    def records() -> Iterator[dict[str, Any]]:
-        return (c for c in jsonl.read(conversations) if c["id"] in wanted)
+    def said() -> Iterator[tuple[str, str]]:
+        for conversation in jsonl.read(conversations):
+            if conversation["id"] in wanted:
+                members.append(member(conversation))
+                yield conversation["id"], words(conversation)
 
-    members = [member(conversation) for conversation in records()]
-    said = ((conversation["id"], words(conversation)) for conversation in records())
-    return members, near.components(said, near_duplicates)
+    joined = near.components(said(), near_duplicates)
+    return members, joined
 
 
 def _mark(chains: Path, marked: Path, held_out: set[str]) -> Counter[str]:

@@ -71,7 +71,7 @@ def share_of_the_tokenizer(root: Path, base: Path, chars: int) -> None:
         path = root / f"chat{len(sources)}.json"
         path.write_text(json.dumps(messages, ensure_ascii=False), encoding="utf-8")
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        sources.append(SourceFile(path, path.name, digest))
+        sources.append(SourceFile(str(path), path.name, digest))
 
     def bare() -> None:
         backend = load.tokenizer(base).backend_tokenizer

@@ -9,7 +9,8 @@ ones are dropped, and neighbours of one role joined, for all formats in one plac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +36,7 @@ from runner.chat.formats import (
     sharegpt,
     sillytavern,
     telegram,
+    turns,
 )
 from runner.chat.formats.reading import Nothing, Options, Unreadable
 from runner.chat.json_values import Broken, Value
@@ -47,6 +49,8 @@ Whole = Callable[[Sequence[Value], Options], Iterable[tuple[Value, Content | str
 
 @dataclass(frozen=True)
 class Format:
+    signs: Set[str]
+    """Keys of which a record of this format has at least one: most records need no closer look."""
     claims: Claims
     each: Each | None = None
     whole: Whole | None = None
@@ -55,27 +59,29 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "sender": Format(sender.claims, whole=sender.whole),
-    "instruct": Format(instruct.claims, each=instruct.each),
-    "messages": Format(messages.claims, each=messages.each),
-    "anthropic": Format(anthropic.claims, each=anthropic.each),
-    "character": Format(character.claims, each=character.each),
+    "sender": Format({"sender"}, sender.claims, whole=sender.whole),
+    "instruct": Format({"instruction", "question", "input"}, instruct.claims, each=instruct.each),
+    "messages": Format({*turns.LISTS}, messages.claims, each=messages.each),
+    "anthropic": Format({"messages", "type", "request"}, anthropic.claims, each=anthropic.each),
+    "character": Format({"example_dialogue"}, character.claims, each=character.each),
     # Alpaca's `text` is its instruction and output once more.
-    "documents": Format(documents.claims, each=documents.each, yields_to="instruct"),
-    "oasst": Format(oasst.claims, whole=oasst.whole),
-    "preferences": Format(preferences.claims, each=preferences.each),
-    "prompt_completion": Format(prompt_completion.claims, each=prompt_completion.each),
-    "self_instruct": Format(self_instruct.claims, each=self_instruct.each),
-    "sharegpt": Format(sharegpt.claims, each=sharegpt.each),
-    "ai_studio": Format(ai_studio.claims, each=ai_studio.each),
-    "chatgpt": Format(chatgpt.claims, each=chatgpt.each),
-    "claude_ai": Format(claude_ai.claims, each=claude_ai.each),
-    "claude_code": Format(claude_code.claims, whole=claude_code.whole),
-    "grok": Format(grok.claims, whole=grok.whole),
-    "lm_studio": Format(lm_studio.claims, each=lm_studio.each),
-    "open_webui": Format(open_webui.claims, each=open_webui.each),
-    "sillytavern": Format(sillytavern.claims, whole=sillytavern.whole),
-    "telegram": Format(telegram.claims, whole=telegram.whole),
+    "documents": Format({"text"}, documents.claims, each=documents.each, yields_to="instruct"),
+    "oasst": Format({"prompt", "text"}, oasst.claims, whole=oasst.whole),
+    "preferences": Format(
+        {*turns.LABELS, *turns.PAIRED}, preferences.claims, each=preferences.each
+    ),
+    "prompt_completion": Format({"prompt"}, prompt_completion.claims, each=prompt_completion.each),
+    "self_instruct": Format({"instances"}, self_instruct.claims, each=self_instruct.each),
+    "sharegpt": Format({*turns.LISTS}, sharegpt.claims, each=sharegpt.each),
+    "ai_studio": Format({"chunkedPrompt"}, ai_studio.claims, each=ai_studio.each),
+    "chatgpt": Format({"mapping"}, chatgpt.claims, each=chatgpt.each),
+    "claude_ai": Format({"chat_messages"}, claude_ai.claims, each=claude_ai.each),
+    "claude_code": Format({"loglines", "type"}, claude_code.claims, whole=claude_code.whole),
+    "grok": Format({"conversations"}, grok.claims, whole=grok.whole),
+    "lm_studio": Format({"messages"}, lm_studio.claims, each=lm_studio.each),
+    "open_webui": Format({"chat", "history"}, open_webui.claims, each=open_webui.each),
+    "sillytavern": Format({"is_user", "user_name"}, sillytavern.claims, whole=sillytavern.whole),
+    "telegram": Format({"type", "chats"}, telegram.claims, whole=telegram.whole),
 }
 
 
@@ -109,7 +115,7 @@ def _format_of(record: object, format: str, options: Options) -> str | Unreadabl
     if not isinstance(record, dict):
         return Unreadable(f"a record must be a JSON object, this one is {_json_type(record)}")
     seen = documents.named(record, options.text_column)
-    fits = [name for name, known in FORMATS.items() if known.claims(seen)]
+    fits = [name for name in _possible(frozenset(seen)) if FORMATS[name].claims(seen)]
     if format == "auto":
         fits = [name for name in fits if FORMATS[name].yields_to not in fits]
     else:
@@ -121,6 +127,12 @@ def _format_of(record: object, format: str, options: Options) -> str | Unreadabl
     keys = ", ".join(repr(key) for key in list(record)[:6]) or "none"
     wanted = "no known format" if format == "auto" else f"not in the format {format!r}"
     return Unreadable(f"{wanted}; its keys are {keys}")
+
+
+@functools.lru_cache(maxsize=1000)
+def _possible(keys: frozenset[str]) -> tuple[str, ...]:
+    """The formats of which records with these keys may be."""
+    return tuple(name for name, known in FORMATS.items() if not keys.isdisjoint(known.signs))
 
 
 def _contents(

@@ -29,9 +29,8 @@ _KEYS = {"anthropic_version", "anthropic_beta", "stop_sequences"}
 
 
 def claims(record: Mapping[str, Any]) -> bool:
-    if turns.is_preference(record):
-        return False
-    return _is_response(record) or _is_log(record) or _is_request(record)
+    fits = _is_response(record) or _is_log(record) or _is_request(record)
+    return fits and not turns.is_preference(record)
 
 
 def each(record: Mapping[str, Any], options: Options) -> Iterator[Content]:

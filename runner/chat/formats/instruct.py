@@ -20,11 +20,11 @@ _ANSWERED = ("output", "response", "answer")
 
 
 def claims(record: Mapping[str, Any]) -> bool:
-    if turns.label_name(record) is not None:
-        return False
-    if any(name in record for name in _ASKED):
-        return any(name in record for name in _ANSWERED)
-    return "input" in record and "output" in record
+    if "instruction" in record or "question" in record:
+        fits = any(name in record for name in _ANSWERED)
+    else:
+        fits = "input" in record and "output" in record
+    return fits and turns.label_name(record) is None
 
 
 def each(record: Mapping[str, Any], options: Options) -> Iterator[Content]:

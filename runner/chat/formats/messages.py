@@ -16,9 +16,9 @@ from runner.chat.formats.reading import Options
 
 def claims(record: Mapping[str, Any]) -> bool:
     # Preference data and tree exports carry a `messages` list too, and mean something else by it.
-    if turns.is_preference(record) or "history" in record or anthropic.claims(record):
+    if _name(record) is None or "history" in record:
         return False
-    return _name(record) is not None
+    return not (turns.is_preference(record) or anthropic.claims(record))
 
 
 def each(record: Mapping[str, Any], options: Options) -> Iterator[Content]:

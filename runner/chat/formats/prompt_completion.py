@@ -18,8 +18,9 @@ _COMPLETIONS = ("completion", "response")
 
 
 def claims(record: Mapping[str, Any]) -> bool:
-    is_answered = any(name in record for name in _COMPLETIONS)
-    return "prompt" in record and is_answered and turns.label_name(record) is None
+    if "prompt" not in record or not any(name in record for name in _COMPLETIONS):
+        return False
+    return turns.label_name(record) is None
 
 
 def each(record: Mapping[str, Any], options: Options) -> Iterator[Content]:

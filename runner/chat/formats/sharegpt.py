@@ -15,7 +15,7 @@ from runner.chat.formats.reading import Options
 
 
 def claims(record: Mapping[str, Any]) -> bool:
-    return not turns.is_preference(record) and _name(record) is not None
+    return _name(record) is not None and not turns.is_preference(record)
 
 
 def each(record: Mapping[str, Any], options: Options) -> Iterator[Content]:

@@ -33,6 +33,8 @@ _PAIRS = (
     ("response_j", "response_k"),
     ("left_answer", "right_answer"),
 )
+PAIRED = frozenset(name for names in _PAIRS for name in names)
+"""The keys of preference data."""
 _CALL_ROLES = ("function_call", "tool_call")
 _RESULT_ROLES = ("tool_result", "tool_response")
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -62,9 +64,10 @@ def has_no_turns(record: Mapping[str, Any], name: str) -> bool:
 
 def pair(record: Mapping[str, Any]) -> tuple[str, str] | None:
     """The names of the two answers in preference data, the better one first; left comes first."""
-    for names in _PAIRS:
-        if record.keys() >= set(names) and any(record[name] is not None for name in names):
-            return names
+    for better, worse in _PAIRS:
+        both = better in record and worse in record
+        if both and (record[better] is not None or record[worse] is not None):
+            return better, worse
     return None
 
 
@@ -74,7 +77,9 @@ def label_name(record: Mapping[str, Any]) -> str | None:
     Such a label is true or false, perhaps as a number or a word; any other `label` is a class.
     """
     for name in LABELS:
-        value = record.get(name)
+        if name not in record:
+            continue
+        value = record[name]
         if isinstance(value, bool | int | float) and value in (0, 1):
             return name
         if isinstance(value, str) and value.lower() in ("true", "false"):
