@@ -90,11 +90,13 @@ def test_a_damaged_earlier_output_is_not_taken_over(tmp_path: Path) -> None:
     assert "chat X" not in (output(tmp_path) / "conversations.jsonl").read_text()
 
 
-def test_without_its_cache_it_reads_everything_again_and_comes_to_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["", "[[", '[["chats/chat-0.json"]]', None])
+def test_without_its_cache_it_reads_everything_again(tmp_path: Path, damage: str | None) -> None:
     recipe = make(tmp_path, RECIPE)
     apply(recipe)
     for path in (tmp_path / "artifacts" / "cache" / "ingest").iterdir():
-        path.write_text("[[")
+        text = path.read_text()
+        path.write_text(text.replace("0", "1", 1) if damage is None else damage)
     chat(tmp_path / "chats" / "new.json", "new", "reply")
     log: list[dict[str, Any]] = []
     apply(recipe, log.append)

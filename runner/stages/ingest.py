@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from hashlib import file_digest
+from hashlib import file_digest, sha256
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal
@@ -31,6 +31,7 @@ from runner.stages.stage import Dirs, Metrics, Stage
 PARALLEL_BYTES = 16_000_000
 """Less than this is read faster here than by processes that have to be started first."""
 TASK_BYTES = 4_000_000
+INDEX_VERSION = 1
 
 
 class SourceChanged(RunnerError):
@@ -140,17 +141,19 @@ class Part:
 
 
 def parts_of(artifact: Path, cache: Path) -> dict[tuple[str, str], Part]:
-    """What is known of the files that an output was made from; nothing where that was deleted."""
+    """What is known of the files that an output was made from; nothing where that is lost."""
     try:
-        rows = json.loads(_index(artifact, cache).read_bytes())
-    except (OSError, ValueError):
+        body, _, digest = _index(artifact, cache).read_bytes().rpartition(b"\n")
+    except OSError:
         return {}
+    if digest != _digest(body):
+        return {}  # damaged, or as another version wrote it
     found: dict[tuple[str, str], Part] = {}
     start = rejected_start = 0
-    for name, sha256, ids, bad, left_out, size, rejected_size in rows:
-        found[name, sha256] = Part(
+    for name, content, ids, bad, left_out, size, rejected_size in json.loads(body):
+        found[name, content] = Part(
             name=name,
-            sha256=sha256,
+            sha256=content,
             ids=tuple(ids),
             bad=bad,
             left_out=left_out,
@@ -170,7 +173,12 @@ def remember(parts: Sequence[Part], artifact: Path, cache: Path) -> None:
     path = _index(artifact, cache)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [[p.name, p.sha256, p.ids, p.bad, p.left_out, p.bytes, p.rejected_bytes] for p in parts]
-    disk.write_whole(path, json.dumps(rows, separators=(",", ":")).encode())
+    body = json.dumps(rows, separators=(",", ":")).encode()
+    disk.write_whole(path, body + b"\n" + _digest(body))
+
+
+def _digest(body: bytes) -> bytes:
+    return sha256(b"%d:%b" % (INDEX_VERSION, body)).hexdigest().encode()
 
 
 def _index(artifact: Path, cache: Path) -> Path:
