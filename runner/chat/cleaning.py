@@ -310,7 +310,7 @@ def count_marks(record: Record, tally: Tally) -> Record | Fault:
 
 def protect(record: Record, treatments: Mapping[str, str], tally: Tally) -> Record | Fault:
     """Redacts, reports or drops for secrets and personal data, wherever they stand."""
-    found = list(personal_data.in_value(private_parts(record)))
+    found = list(personal_data.in_value(private_texts(record)))
     redact: set[personal_data.Kind] = set()
     for what, kinds in (
         ("secrets", personal_data.SECRETS),
@@ -328,13 +328,26 @@ def protect(record: Record, treatments: Mapping[str, str], tally: Tally) -> Reco
             tally.counts.update(f"redacted_{kind}" for kind in mine)
     if not redact:
         return record
-    return {**record, **personal_data.redacted_value(private_parts(record), frozenset(redact))}
+    private = {part: record[part] for part in PRIVATE if part in record}
+    return {**record, **personal_data.redacted_value(private, frozenset(redact))}
 
 
-def private_parts(record: Record) -> Record:
-    """All of a record that comes from people: not its id, its place, its group."""
-    parts = ("messages", "text", "chosen", "rejected", "tools", "metadata")
-    return {part: record[part] for part in parts if part in record}
+PRIVATE = ("messages", "text", "chosen", "rejected", "tools", "metadata")
+"""All of a record that comes from people: not its id, its place, its group."""
+
+
+def private_texts(record: Record) -> list[Any]:
+    """The values of these parts in which something may stand: not the words that all records have,
+    such as the names of roles.
+    """
+    found: list[Any] = []
+    for part in PRIVATE:
+        if part in ("messages", "chosen", "rejected"):
+            for message in record.get(part, ()):
+                found += [value for name, value in message.items() if name != "role"]
+        elif part in record:
+            found.append(record[part])
+    return found
 
 
 def judge_replies(
