@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from runner.errors import RunnerError
-from runner.model import adapter, load, lora, score, tokens
+from runner.model import adapter, load, lora, score, token_files
 from tests import tiny_models
 from tests.tiny_models import Family
 
@@ -144,7 +144,7 @@ def test_an_adapter_trained_over_4_bits_merges_onto_the_full_weights(tmp_path: P
     adapter.merge(base, tmp_path / "output", tmp_path / "merged", dtype="float32")
     merged = load.causal_lm(tmp_path / "merged", dtype="float32", device="cpu")
     model, _ = adapter.tuned(base, tmp_path / "output", dtype="float32", device="cpu")
-    rows = tokens.read(files / "train.arrow")
+    rows = token_files.read(files / "train.arrow")
     assert score.mean_loss(merged, rows) == pytest.approx(score.mean_loss(model, rows), rel=1e-4)
     shutil.rmtree(tmp_path / "merged")
 

@@ -15,7 +15,8 @@ import pytest
 
 from runner.chat import archive
 from runner.chat.archive import Member, Refused, members
-from runner.chat.json_values import Broken, Unreadable, Value, values
+from runner.chat.json_values import Broken, Value, values
+from runner.chat.text_window import Unreadable
 
 CHAT = json.dumps([{"sender": "User", "userInput": "hello"}]).encode()
 
@@ -181,11 +182,29 @@ def test_a_comment_at_the_end_is_no_hindrance() -> None:
 
 ONE = packed(("a.json", CHAT))
 STORED = packed(("a.json", CHAT), method=zipfile.ZIP_STORED)
-END = ONE.index(b"PK\x05\x06")
+LIST, END = headers(ONE)[1], ONE.index(b"PK\x05\x06")
 
 
 def end_field(offset: int, value: bytes) -> bytes:
     return ONE[: END + offset] + value + ONE[END + offset + len(value) :]
+
+
+def wide_end(size: int, start: int) -> bytes:
+    """An archive whose list has its size and place in 64 bits."""
+    wide = struct.pack("<4sQ2H2I4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 1, 1, size, start)
+    place = struct.pack("<4sIQI", b"PK\x06\x07", 0, END, 1)
+    return ONE[:END] + wide + place + ONE[END:]
+
+
+def wide_member(offset: int) -> bytes:
+    """An archive whose member says in 64 bits where it stands."""
+    extra = struct.pack("<2HQ", 1, 8, offset)
+    data = patched(
+        patched(ONE, (0, 30), struct.pack("<H", 12), "list"), (0, 42), b"\xff" * 4, "list"
+    )
+    end = bytearray(data[END:])
+    end[12:16] = number(END - LIST + len(extra))
+    return data[:END] + extra + bytes(end)
 
 
 def nested(depth: int) -> bytes:
@@ -259,15 +278,16 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         for name, (method, why) in METHODS.items()
     },
     "encrypted": (patched(ONE, FLAGS, b"\x01\x00"), "is encrypted"),
+    "patched": (patched(ONE, FLAGS, b"\x20\x00"), "compressed patched data"),
     "strongly encrypted": (patched(ONE, FLAGS, b"\x41\x00"), "is encrypted"),
     "encrypted list": (patched(ONE, FLAGS, b"\x00\x20"), "is encrypted"),
     "encrypted in its own header": (patched(ONE, FLAGS, b"\x01\x00", "own"), "header and the arc"),
     "another method in its own header": (patched(ONE, METHOD, b"\0\0", "own"), "header and the"),
     "another name in its own header": (patched(ONE, NAME, b"b", "own"), "header and the archive"),
-    "no name": (patched(ONE, (0, 28), b"\0\0", "list"), "breaks off"),
+    "no name": (patched(ONE, (0, 28), b"\0\0", "list"), "(Truncated central directory)"),
     "not UTF-8 where it says so": (
         patched(packed(("\u00e9.json", CHAT)), NAME, b"\xff\xff"),
-        "backslash",
+        "list of members cannot be read",
     ),
     # damage
     "text altered": (patched(STORED, (40, 0), b"?", "own"), "its check sum is wrong"),
@@ -277,9 +297,9 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "offset behind the end": (patched(ONE, (0, 42), number(2**31), "list"), "is damaged"),
     "own extra field too long": (patched(ONE, (28, 0), b"\xff\xff", "own"), "is cut short"),
     "packed bytes too many": (patched(ONE, PACKED, number(2**30)), "shares its bytes"),
-    "packed bytes too few": (patched(ONE, PACKED, number(9)), "it is cut short"),
-    "packed bytes none": (patched(ONE, PACKED, number(0)), "it is cut short"),
-    "stored, sizes differ": (patched(STORED, BYTES, number(5)), "larger than its header says"),
+    "packed bytes too few": (patched(ONE, PACKED, number(9)), "its check sum is wrong"),
+    "packed bytes none": (patched(ONE, PACKED, number(0)), "its check sum is wrong"),
+    "stored, sizes differ": (patched(STORED, BYTES, number(5)), "its check sum is wrong"),
     "stored, too short": (patched(STORED, BYTES, number(500)), "shorter than its header says"),
     "no Deflate": (patched(STORED, METHOD, b"\x08\x00"), "cannot be unpacked"),
     "cut": (ONE[:END], "is cut short: the list of its members is missing"),
@@ -291,17 +311,20 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "empty": (packed(), "is an empty archive"),
     "one part of several": (end_field(4, b"\x01\x00\x01\x00"), "one part of several"),
     "more members than listed": (end_field(8, b"\x02\x00\x02\x00"), "has 2 members, and lists 1"),
-    "list too long": (end_field(12, number(2**31)), "does not stand where it says"),
-    "list far away": (end_field(16, number(2**31)), "does not stand where it says"),
-    "list breaks off": (end_field(12, number(20)), "breaks off"),
-    "64 bits without a place": (end_field(16, b"\xff" * 4), "does not stand where it says"),
+    "list too long": (end_field(12, number(2**31)), "(Bad offset for central directory)"),
+    "list far away": (end_field(16, number(2**31)), "or has none"),
+    "list breaks off": (end_field(12, number(20)), "(Truncated central directory)"),
+    "64 bits, list too long": (wide_end(2**63, 0), "(Bad offset for central directory)"),
+    "64 bits, list far away": (wide_end(END - LIST, 2**63), "or has none"),
+    "64 bits, member far away": (wide_member(2**63), "shares its bytes"),
+    "64 bits without a place": (end_field(16, b"\xff" * 4), "or has none"),
     # bombs
     "ratio": (bomb(1, 8_000_000), "more than 100 times its size"),
     "ratio, many small": (bomb(80, 2_000_000), "more than 100 times its size, as a bomb"),
-    "says less than it is": (lying(8_000_000, 100), "larger than its header says"),
+    "says less than it is": (lying(8_000_000, 100), "its check sum is wrong"),
     "says far less, as much packed": (
         patched(lying(8_000_000, 3_000_000), PACKED, number(7000)),
-        "larger than its header says",
+        "its check sum is wrong",
     ),
     "says more than it is": (patched(ONE, BYTES, number(400)), "shorter than its header says"),
     "says more than the limit": (patched(ONE, BYTES, number(2**32 - 2)), "more than 100 times"),
@@ -355,11 +378,12 @@ def test_the_other_members_survive(damage: Callable[[bytes], bytes], reason: str
 
 
 def test_what_was_read_before_the_damage_is_kept_and_the_damage_said() -> None:
-    lines = b'{"a": 1}\n' * 1000
+    """All but the last piece, which zipfile holds back."""
+    lines = b'{"a": 1}\n' * 10_000
     (member,) = found(patched(packed(("a.jsonl", lines)), CRC, b"1234"))
     assert isinstance(member, Member)
     *read, last = values(member.open())
-    assert len(read) == 1000
+    assert 8000 < len(read) < 10_000
     assert isinstance(last, Broken)
     assert "its check sum is wrong" in last.reason
 
@@ -384,6 +408,41 @@ def test_the_limit_of_members_holds_whatever_the_count_says(
     for count in (data[end + 8 : end + 12], b"\x01\x00\x01\x00"):
         (refused,) = found(data[: end + 8] + count + data[end + 12 :])
         assert "has more than 2 members" in refused.reason
+
+
+def test_a_list_of_far_more_members_than_it_says_is_not_taken_apart() -> None:
+    line = ONE[LIST:END]
+    data = ONE[:LIST] + line * 150_000
+    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 1, 1, len(data) - LIST, LIST, 0)
+    data += end
+    tracemalloc.start()
+    try:
+        (refused,) = found(data)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert "has more than 100,000 members" in refused.reason
+    assert peak < 20_000_000
+
+
+def test_a_list_that_is_as_large_as_the_file_is_not_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "export.zip"
+    size = 10 * 2**30
+    with path.open("wb") as file:
+        file.write(ONE[:LIST])
+        file.seek(size)
+        wide = struct.pack("<4sQ2H2I4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 1, 1, size - LIST, LIST)
+        file.write(wide + struct.pack("<4sIQI", b"PK\x06\x07", 0, size, 1) + ONE[END:])
+    tracemalloc.start()
+    try:
+        (refused,) = members(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        path.unlink()
+    assert isinstance(refused, Refused)
+    assert "over 32 MiB" in refused.reason
+    assert peak < 100_000_000
 
 
 def test_a_short_file_of_one_line_is_no_bomb() -> None:

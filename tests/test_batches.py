@@ -11,7 +11,7 @@ from transformers import Lfm2Config, MambaConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from runner.model import batches, load, lora, score, sft
-from runner.model.tokens import Row
+from runner.model.token_files import Row
 from tests import tiny_models
 from tests.tiny_models import Family
 

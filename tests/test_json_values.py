@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.chat.json_values import Broken, Unreadable, Value, values
+from runner.chat.json_values import Broken, Value, values
+from runner.chat.text_window import Unreadable
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

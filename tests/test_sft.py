@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from runner.errors import InterruptedRun, PreconditionError, RunnerError
-from runner.model import batches, checkpoint, load, lora, packing, score, sft, tokens
+from runner.model import batches, checkpoint, load, lora, packing, score, sft, token_files
 from tests import tiny_models
 from tests.tiny_models import Family
 
@@ -59,7 +59,7 @@ def adapted(folder: Path, seed: int = 0) -> Any:
     return model
 
 
-def gradient(model: Any, rows: list[tokens.Row], micro_batch_size: int | None = None) -> Any:
+def gradient(model: Any, rows: list[token_files.Row], micro_batch_size: int | None = None) -> Any:
     """All gradients of a step as one vector."""
     model.train()
     model.zero_grad()
@@ -284,7 +284,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny_models.conversations(24),
         tiny_models.conversations(3, "eval"),
     )
-    rows = tokens.read(folder / "train.arrow")
+    rows = token_files.read(folder / "train.arrow")
     packing.write(folder, rows.lengths, rows.conversations, 56)
     return folder
 
@@ -318,7 +318,7 @@ def test_a_model_that_mixes_packed_rows_trains_on_them_one_by_one_and_says_so(
 def test_other_packs_are_another_training(base: Path, packed: Path, tmp_path: Path) -> None:
     tiny_models.trained(base, packed, tmp_path)
     again = shutil.copytree(packed, tmp_path / "tokens")
-    rows = tokens.read(again / "train.arrow")
+    rows = token_files.read(again / "train.arrow")
     packing.write(again, rows.lengths, rows.conversations, 60)
     with pytest.raises(RunnerError, match="other settings or data"):
         tiny_models.trained(base, again, tmp_path)
@@ -408,7 +408,7 @@ def test_the_best_checkpoint_is_what_is_written(base: Path, files: Path, tmp_pat
     evals = eval_losses(tmp_path)
     assert found["kept_step"] == min(evals, key=lambda step: evals[step]) < 24
     model = lora.opened(load.causal_lm(base, dtype="float32", device="cpu"), tmp_path / "output")
-    measured = score.mean_loss(model, tokens.read(files / "eval.arrow"))
+    measured = score.mean_loss(model, token_files.read(files / "eval.arrow"))
     assert measured == pytest.approx(evals[found["kept_step"]], rel=1e-5)
 
 
@@ -483,7 +483,7 @@ def test_full_training_writes_a_model_with_the_bases_tokenizer(
     )
     assert found["eval_loss"] < found["eval_loss_before"] - 0.5
     model = load.causal_lm(tmp_path / "output", dtype="float32", device="cpu")
-    measured = score.mean_loss(model, tokens.read(files / "eval.arrow"))
+    measured = score.mean_loss(model, token_files.read(files / "eval.arrow"))
     assert measured == pytest.approx(found["eval_loss"], rel=1e-4)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "output" / name).read_bytes() == (base / name).read_bytes()
@@ -527,7 +527,7 @@ def test_overfitting_is_said_in_words() -> None:
 def test_smollm2_learns_in_the_precision_of_this_machine(smollm2: Path, tmp_path: Path) -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     rows = [
-        tokens.Row(f"c{i}", 0, np.arange(100 + i, 140 + i, dtype=np.int32), _last(40, 20), 1)
+        token_files.Row(f"c{i}", 0, np.arange(100 + i, 140 + i, dtype=np.int32), _last(40, 20), 1)
         for i in range(8)
     ]
     files = tiny_models.token_files(tmp_path / "tokens", rows, rows[:2])

@@ -268,13 +268,13 @@ def test_the_day_in_a_template_is_always_the_same() -> None:
     assert "26 Jul 2024Hi" in tiny(dated).decode(ids)
 
 
-def test_many_conversations_are_encoded_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template, "BATCH_CHARS", 25)
-    tokenizer = TINY["chatml"]
+def test_many_conversations_are_encoded_as_each_alone() -> None:
+    encoder = template.encoder(TINY["chatml"])
     chats = [chat("Hi", "Hello"), chat("Hi", "Привет", "And?", "ok"), chat("", "x"), chat("Hi", "")]
-    assert list(template.encode_all(tokenizer, chats)) == [
-        template.encode(tokenizer, messages) for messages in chats
-    ]
+    plans = [encoder.plan(messages) for messages in chats]
+    known = encoder.tokenised(text for plan in plans for text in plan.texts)
+    together = [encoder.joined(plan, known) for plan in plans]
+    assert together == [template.encode(TINY["chatml"], messages) for messages in chats]
 
 
 def spaced() -> PreTrainedTokenizerFast:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from runner.errors import RunnerError
-from runner.model import load, packing, template, tokens
+from runner.model import load, packing, template, token_book, token_files, tokens
 from tests.chat_tokenizers import CHATML, GEMMA2, LLAMA3, QWEN3, chat, tiny
 
 disable_progress_bars()
@@ -85,15 +85,15 @@ class Desk:
         )
 
     @property
-    def rows(self) -> list[tokens.Row]:
-        return list(tokens.read(self.output / "train.arrow"))
+    def rows(self) -> list[token_files.Row]:
+        return list(token_files.read(self.output / "train.arrow"))
 
     @property
     def dropped(self) -> list[dict[str, Any]]:
         lines = (self.output / "dropped.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
-    def learned(self, row: tokens.Row) -> list[tuple[str, float]]:
+    def learned(self, row: token_files.Row) -> list[tuple[str, float]]:
         """Runs of tokens that carry the same loss, as text with the weight."""
         runs: list[tuple[list[int], float]] = []
         before = 0.0
@@ -105,7 +105,7 @@ class Desk:
             before = weight
         return [(self.tokenizer.decode(ids), weight) for ids, weight in runs]
 
-    def text(self, row: tokens.Row) -> str:
+    def text(self, row: token_files.Row) -> str:
         text = self.tokenizer.decode(row.input_ids.tolist())
         assert isinstance(text, str)
         return text
@@ -198,7 +198,7 @@ def test_splits_are_written_apart_and_counted(desk: Desk) -> None:
         {"a": LONG, "b": LONG},
         [chain("a", 0, {1: 1, 3: 1}), chain("a", 2, {3: 1}), chain("b", 0, {1: 1}, "eval")],
     )
-    evaluated = tokens.read(desk.output / "eval.arrow")
+    evaluated = token_files.read(desk.output / "eval.arrow")
     assert len(evaluated) == 1
     assert metrics == {
         "train_rows": 2,
@@ -232,9 +232,9 @@ def test_datasets_reads_what_is_written(desk: Desk) -> None:
 def test_rows_can_be_indexed_sliced_and_measured(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokens, "_BATCH_TOKENS", 60)
+    monkeypatch.setattr(token_book, "_BATCH_TOKENS", 60)
     desk.write({"a": LONG}, [chain("a", first, {7: 1}) for first in (0, 2, 4, 6, 0)])
-    rows = tokens.read(desk.output / "train.arrow")
+    rows = token_files.read(desk.output / "train.arrow")
     assert len(rows) == 5
     assert [row.first for row in rows] == [0, 2, 4, 6, 0]
     assert rows[-2].first == 6
@@ -387,7 +387,7 @@ def test_nothing_left_to_train_on_is_an_error(desk: Desk) -> None:
 def test_shown_tokens_join_to_the_text_with_letters_whole(desk: Desk) -> None:
     desk.write({"a": LONG}, [chain("a", 2, {3: 0.5})])
     [row] = desk.rows
-    shown = tokens.shown(desk.tokenizer, row)
+    shown = token_files.shown(desk.tokenizer, row)
     assert "".join(token["token"] for token in shown) == desk.text(row)
     assert [token["id"] for token in shown] == row.input_ids.tolist()
     learned = [(token["token"], token["weight"]) for token in shown if token["weight"]]
@@ -396,7 +396,7 @@ def test_shown_tokens_join_to_the_text_with_letters_whole(desk: Desk) -> None:
 
 def test_rows_are_shown_as_json_lines(desk: Desk) -> None:
     desk.write({"a": LONG}, [chain("a", 0, {1: 1}), chain("a", 2, {3: 1}, "eval")])
-    lines = [json.loads(line) for line in tokens.json_lines(desk.output)]
+    lines = [json.loads(line) for line in token_files.json_lines(desk.output)]
     assert [(line["split"], line["first"]) for line in lines] == [("train", 0), ("eval", 2)]
     assert lines[0]["input_ids"] == desk.rows[0].input_ids.tolist()
 
@@ -537,7 +537,7 @@ def test_what_is_taken_over_from_an_earlier_output_gives_the_bytes_of_a_build_fr
     after: list[int],
     batch_tokens: int,
 ) -> None:
-    monkeypatch.setattr(tokens, "_BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(token_book, "_BATCH_TOKENS", batch_tokens)
     gemma.write(*many([0, *before]), max_tokens=150, output="before")
     expected = gemma.write(*many([0, *after]), max_tokens=150, output="anew", packed=True)
     previous = gemma.folder / "before"
@@ -594,7 +594,7 @@ def test_an_interrupted_run_goes_on_where_it_was_and_ends_in_the_same_bytes(
     everything = many([0, 1, 2, 3, 4] * 3)
     gemma.write(*everything, max_tokens=150, output="anew")
     monkeypatch.setattr(tokens, "_BLOCK_CHARS", 1)
-    monkeypatch.setattr(tokens, "_PART_CHARS", 1)
+    monkeypatch.setattr(token_book, "_PART_CHARS", 1)
     scratch = tmp_path / "scratch"
     with pytest.raises(KeyboardInterrupt):
         gemma.write(
@@ -611,13 +611,13 @@ def test_an_interrupted_run_goes_on_where_it_was_and_ends_in_the_same_bytes(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from runner.model import tokens
+from runner.model import token_book, tokens
 
 def progress(done, total):
     if done >= 5:
         os.kill(os.getpid(), signal.SIGKILL)
 
-tokens._BLOCK_CHARS = tokens._PART_CHARS = 1
+tokens._BLOCK_CHARS = token_book._PART_CHARS = 1
 folder = Path(sys.argv[1])
 tokens.write(
     base=folder / "base",

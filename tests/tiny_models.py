@@ -12,8 +12,8 @@ import torch
 from transformers import Gemma3TextConfig, LlamaConfig, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from runner.model import sft, tokens
-from runner.model.tokens import Row
+from runner.model import sft
+from runner.model.token_files import SCHEMA, Row
 from tests import chat_tokenizers
 
 Family = Literal["llama", "qwen3", "gemma3"]
@@ -84,13 +84,11 @@ def token_files(path: Path, train: Sequence[Row], held_out: Sequence[Row] = ()) 
     for name, rows in (("train", train), ("eval", held_out)):
         with (
             pa.OSFile(str(path / f"{name}.arrow"), "wb") as file,
-            pa.ipc.new_stream(file, tokens.SCHEMA) as stream,
+            pa.ipc.new_stream(file, SCHEMA) as stream,
         ):
-            columns = {
-                field.name: [getattr(row, field.name) for row in rows] for field in tokens.SCHEMA
-            }
+            columns = {field.name: [getattr(row, field.name) for row in rows] for field in SCHEMA}
             if rows:
-                stream.write_batch(pa.record_batch(columns, schema=tokens.SCHEMA))
+                stream.write_batch(pa.record_batch(columns, schema=SCHEMA))
     return path
 
 

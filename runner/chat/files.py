@@ -15,7 +15,8 @@ from runner.chat import archive, formats, parquet
 from runner.chat.conversation import Conversation, Rejected, Source
 from runner.chat.formats import documents
 from runner.chat.formats.reading import Options
-from runner.chat.json_values import Unreadable, values
+from runner.chat.json_values import values
+from runner.chat.text_window import Unreadable
 
 TEXT_ENDINGS = (".txt", ".md", ".markdown")
 

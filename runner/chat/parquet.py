@@ -16,7 +16,9 @@ from datetime import date, datetime, time, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from runner.chat.json_values import MAX_DEPTH, Broken, Unreadable, Value
+from runner.chat.json_parser import MAX_DEPTH
+from runner.chat.json_values import Broken, Value
+from runner.chat.text_window import Unreadable
 from runner.errors import PreconditionError
 
 MAGIC = b"PAR1"

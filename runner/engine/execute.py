@@ -301,7 +301,11 @@ def base_path(current: Opened) -> Path:
     if not source.on_hub(spec, current.workspace.root):
         return source.path_of(spec, current.workspace.root)
     commit = lock.read(current.lock_path).commit_of(spec)
-    assert commit is not None
+    if commit is None:
+        raise PreconditionError(
+            f"which commit base_model {spec!r} is has not been decided yet",
+            hint=f"run `runner apply {current.path}` first",
+        )
     return source.downloaded(spec, commit)
 
 

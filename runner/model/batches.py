@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from runner.model import lora
-from runner.model.tokens import Row
+from runner.model.token_files import Row
 
 PASS_TOKENS = {"cpu": 2048, "mps": 4096, "cuda": 16384}
 """Tokens of one pass, with padding. A CPU gains nothing from more; a GPU that has no room halves

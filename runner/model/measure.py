@@ -10,7 +10,7 @@ from typing import Any, cast
 from peft import PeftModel
 
 from runner.errors import PreconditionError
-from runner.model import adapter, generate, load, score, sft, template, tokens
+from runner.model import adapter, generate, load, score, sft, template, token_files
 
 NEUTRAL_ENGLISH = Path(__file__).parent / "retention" / "english.txt"
 
@@ -43,7 +43,7 @@ def both(
     tokenizer = load.tokenizer(base)
     prompts = [template.prompt(tokenizer, messages) for messages in asked]
     pieces = [piece for path in texts for piece in _pieces(path)]
-    rows = tokens.read(eval_tokens)
+    rows = token_files.read(eval_tokens)
     device = load.device()
     dtype = sft.precision_of(device)
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from runner.errors import RunnerError
 from runner.model import batches, lora
 from runner.model.batches import Batch
-from runner.model.tokens import Row
+from runner.model.token_files import Row
 
 _LOGITS_AT_ONCE = 2**24
 """Elements of the logits that exist at one time: 64 MiB of float32."""

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from runner import disk
 from runner.errors import InterruptedRun, PreconditionError, RunnerError
-from runner.model import adapter, batches, checkpoint, load, lora, packing, score, tokens
+from runner.model import adapter, batches, checkpoint, load, lora, packing, score, token_files
 from runner.model.checkpoint import Checkpoint
 from runner.model.load import Dtype
-from runner.model.tokens import Row
+from runner.model.token_files import Row
 
 Method = Literal["lora", "qlora", "full"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -300,8 +300,9 @@ class _Pace:
         return self.step_tokens / self.step_s if self.step_s else 0.0
 
 
-def _rows(folder: Path) -> tuple[tokens.Rows, tokens.Rows]:
-    rows, held_out = tokens.read(folder / "train.arrow"), tokens.read(folder / "eval.arrow")
+def _rows(folder: Path) -> tuple[token_files.Rows, token_files.Rows]:
+    rows = token_files.read(folder / "train.arrow")
+    held_out = token_files.read(folder / "eval.arrow")
     if not len(rows):
         raise RunnerError(
             f"{folder}: no rows to train on",

@@ -25,7 +25,9 @@ MODEL_FILES = (
 
 def on_hub(spec: str, root: Path) -> bool:
     """Whether `base_model: spec` is a model of the hub: it looks like one, and is no path here."""
-    return bool(HUB_ID.match(spec)) and not (root / spec).parent.is_dir()
+    if spec.endswith(".gguf") or (root / spec).parent.is_dir():
+        return False
+    return bool(HUB_ID.match(spec))
 
 
 def path_of(spec: str, root: Path) -> Path:
@@ -54,6 +56,7 @@ def model_files(path: Path) -> list[Path]:
 
 def latest_commit(hub_id: str) -> str:
     """The commit that the hub, or offline its local cache, has as the main branch."""
+    import httpx2
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -67,7 +70,7 @@ def latest_commit(hub_id: str) -> str:
         )
     try:
         commit = HfApi().model_info(hub_id).sha
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         raise _unreachable(hub_id, error) from error
     if commit is None:
         raise PreconditionError(f"base_model {hub_id!r} has no commit on the hub")
@@ -76,12 +79,13 @@ def latest_commit(hub_id: str) -> str:
 
 def downloaded(hub_id: str, commit: str) -> Path:
     """The folder with that commit's files, from the local cache or the hub."""
+    import httpx2
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return Path(snapshot_download(hub_id, revision=commit, allow_patterns=list(MODEL_FILES)))
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         raise _unreachable(hub_id, error) from error
 
 

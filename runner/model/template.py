@@ -6,56 +6,30 @@ are encoded with control tokens, contents without, so `<|im_start|>` typed by a 
 and the loss is taken from the same cuts, never by searching text. The price: the template is also
 rendered with the real contents, to prove that cutting and joining gives the very same text.
 A reply is what the model writes after its generation prompt: its content, and its end of turn.
-
-A template is a program by somebody else. It runs in jinja's sandbox, with limits on its time, its
-memory and what it writes, so that none can hang or flood the machine.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import signal
-import sys
-import threading
-import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Literal
 
 import jinja2
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from runner.errors import RunnerError
+from runner.model import control_tokens, cuts, rendering
+from runner.model.cuts import Message, Slot
 
-if sys.platform != "win32":
-    import resource
-
-Message = Mapping[str, str]
 Ids = tuple[int, ...]
 Array = npt.NDArray[np.int32]
-Trim = Literal["keep", "newlines", "space"]
 
-BATCH_CHARS = 4_000_000
-"""Characters of different contents that go through the Rust tokenizer in one call."""
 _STEPS_AT_AN_END = 32
-
-RENDER_S = 1.0
-"""Seconds of computing that one rendering may take."""
-RENDER_CHARS = 4_000_000
-"""Characters that a template may write beside the contents."""
-RENDER_BYTES = 2**28
-"""Memory that one rendering may take, beside what the contents need."""
 
 
 class Refused(RunnerError):
@@ -81,24 +55,10 @@ class Encoding:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Encoding:
-    """One conversation; many are faster through `encode_all`."""
-    return encoder(tokenizer).encode_together([messages])[0]
-
-
-def encode_all(
-    tokenizer: PreTrainedTokenizerBase, conversations: Iterable[Sequence[Message]]
-) -> Iterator[Encoding]:
-    """Each conversation in order, many at a time through all threads of the Rust tokenizer."""
+    """The ids of a whole conversation."""
     own = encoder(tokenizer)
-    batch: list[Sequence[Message]] = []
-    chars = 0
-    for messages in conversations:
-        batch.append(messages)
-        chars += sum(len(message["content"]) for message in messages)
-        if chars >= BATCH_CHARS:
-            yield from own.encode_together(batch)
-            batch, chars = [], 0
-    yield from own.encode_together(batch)
+    plan = own.plan(messages)
+    return own.joined(plan, own.tokenised(plan.texts))
 
 
 def prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
@@ -131,18 +91,6 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
 
 
 @dataclass(frozen=True)
-class _Slot:
-    """Where the template puts a content (`part` 0), or its thought (1) and its answer (2)."""
-
-    message: int
-    part: int
-    left: Trim
-    right: Trim
-    space: str
-    """A space that the template writes right before: words are tokens together with theirs."""
-
-
-@dataclass(frozen=True)
 class _Span:
     """A reply in terms of slots: the tokens of the literals around them that belong to it."""
 
@@ -158,7 +106,7 @@ class _Skeleton:
 
     shape: tuple[str, ...]
     literals: tuple[str, ...]
-    slots: tuple[_Slot, ...]
+    slots: tuple[Slot, ...]
     ids: tuple[Array, ...]
     spans: tuple[_Span, ...]
 
@@ -183,27 +131,19 @@ class Encoder:
                 hint="the base model needs a tokenizer.json",
             )
         self._tokenizer = tokenizer
-        self._template = _compiled(chat_template)
+        self._template = rendering.compiled(chat_template)
         self._special_tokens = dict(tokenizer.special_tokens_map)
-        self._control = {
-            id: token.content
-            for id, token in tokenizer.added_tokens_decoder.items()
-            if token.special or _is_marker(token.content, chat_template)
-        }
+        self._control = control_tokens.of(tokenizer, chat_template)
         self._is_control = np.zeros(max(len(tokenizer), *self._control, 0) + 1, bool)
         self._is_control[list(self._control)] = True
-        self._plain, self._prefixes = _without_control(backend, frozenset(self._control.values()))
+        self._plain, self._prefixes = control_tokens.without(
+            backend, frozenset(self._control.values())
+        )
         self._skeletons: dict[tuple[tuple[str, ...], bool], _Skeleton | str] = {}
         self._literals: dict[tuple[str, bool], Ids] = {}
         self._openings: dict[str, str] = {}
         self._stable: dict[tuple[int, tuple[str, ...]], bool] = {}
         self._closes: bool | None = None
-
-    def encode_together(self, conversations: Sequence[Sequence[Message]]) -> list[Encoding]:
-        """Each conversation, in one call of the Rust tokenizer; equal contents are encoded once."""
-        plans = [self.plan(messages) for messages in conversations]
-        known = self.tokenised(text for plan in plans for text in plan.texts)
-        return [self.joined(plan, known) for plan in plans]
 
     def plan(self, messages: Sequence[Message], *, opened: bool = False) -> Plan:
         """The cuts of a conversation; `opened` ends it with the generation prompt."""
@@ -213,14 +153,16 @@ class Encoder:
         except jinja2.TemplateError as error:
             raise _refuses(shown, str(error)) from error
         for thoughts in (False, True):
-            shape = _shape(shown, thoughts)
-            if thoughts and shape == _shape(shown, False):
+            shape = cuts.shape(shown, thoughts)
+            if thoughts and shape == cuts.shape(shown, False):
                 break
             skeleton = self._skeleton(shape, opened)
             if isinstance(skeleton, str):
                 break
-            texts = tuple(_text(shown[slot.message]["content"], slot) for slot in skeleton.slots)
-            if _interleaved(skeleton.literals, texts) == rendered:
+            texts = tuple(
+                cuts.text(shown[slot.message]["content"], slot) for slot in skeleton.slots
+            )
+            if cuts.interleaved(skeleton.literals, texts) == rendered:
                 return Plan(skeleton, texts, folded)
         raise _rewrites(shown, rendered)
 
@@ -276,7 +218,7 @@ class Encoder:
         steps at both ends are taken; all of them would take the square of its length.
         """
         shape = plan.skeleton.shape
-        ends = [index + 1 for index, name in enumerate(shape) if _is_reply(name)]
+        ends = [index + 1 for index, name in enumerate(shape) if cuts.is_reply(name)]
         if ends and ends[-1] != len(shape):
             ends.append(len(shape))
         if len(ends) > 2 * _STEPS_AT_AN_END:
@@ -290,15 +232,17 @@ class Encoder:
         key = (len(shorter), longer)
         if key not in self._stable:
             try:
-                self._stable[key] = all(self._begins(shorter, longer, pad) for pad in ("", _PAD))
+                self._stable[key] = all(
+                    self._begins(shorter, longer, pad) for pad in ("", cuts.PAD)
+                )
             except jinja2.TemplateError:
                 self._stable[key] = False
         return self._stable[key]
 
     def _begins(self, shorter: tuple[str, ...], longer: tuple[str, ...], pad: str) -> bool:
         """Whether the longer rendering starts as the shorter one, to the end of its last turn."""
-        before, places = _split(self._rendered(_marked(shorter, pad), False))
-        after, later_places = _split(self._rendered(_marked(longer, pad), False))
+        before, places = self._at_markers(shorter, pad, opened=False)
+        after, later_places = self._at_markers(longer, pad, opened=False)
         last = len(places)
         if places != later_places[:last] or before[:last] != after[:last]:
             return False
@@ -313,11 +257,11 @@ class Encoder:
         self, messages: Sequence[Message], opened: bool
     ) -> tuple[Sequence[Message], bool]:
         """The messages as the template takes them, and whether the system message was folded."""
-        skeleton = self._skeleton(_shape(messages, False), opened)
+        skeleton = self._skeleton(cuts.shape(messages, False), opened)
         if isinstance(skeleton, _Skeleton):
             return messages, False
         folded = _folded(messages)
-        if folded and isinstance(self._skeleton(_shape(folded, False), opened), _Skeleton):
+        if folded and isinstance(self._skeleton(cuts.shape(folded, False), opened), _Skeleton):
             return folded, True
         raise _refuses(messages, skeleton)
 
@@ -332,12 +276,12 @@ class Encoder:
         return self._skeletons[key]
 
     def _cut(self, shape: tuple[str, ...], opened: bool) -> _Skeleton:
-        literals, places = _split(self._rendered(_marked(shape, ""), opened))
+        literals, places = self._at_markers(shape, "", opened=opened)
         _check_places(places, shape)
-        padded, padded_places = _split(self._rendered(_marked(shape, _PAD), opened))
-        trims = _trims(literals, padded) if padded_places == places else {}
+        padded, padded_places = self._at_markers(shape, cuts.PAD, opened=opened)
+        trims = cuts.trims(literals, padded) if padded_places == places else {}
         slots = tuple(
-            _Slot(
+            Slot(
                 message,
                 part,
                 *trims.get(place, ("keep", "keep")),
@@ -351,8 +295,8 @@ class Encoder:
         ids: list[Ids] = []
         openings: list[int] = []
         for place, literal in enumerate(literals):
-            role = _role(shape[slots[place].message]) if place < len(slots) else ""
-            before = _role(shape[slots[place - 1].message]) if place else ""
+            role = cuts.role(shape[slots[place].message]) if place < len(slots) else ""
+            before = cuts.role(shape[slots[place - 1].message]) if place else ""
             header = len(literal)
             if role == "assistant" and before not in ("", "assistant"):
                 opening = self._opening(before)
@@ -371,7 +315,7 @@ class Encoder:
     def _spans(
         self,
         shape: tuple[str, ...],
-        slots: Sequence[_Slot],
+        slots: Sequence[Slot],
         literals: Sequence[str],
         openings: Sequence[int],
         opened: bool,
@@ -381,7 +325,7 @@ class Encoder:
         for place, slot in enumerate(slots):
             places[slot.message].append(place)
         for index, name in enumerate(shape):
-            if not _is_reply(name):
+            if not cuts.is_reply(name):
                 continue
             own = places[index]
             closing = len(self._closing(literals[own[-1] + 1]))
@@ -401,7 +345,7 @@ class Encoder:
         Earlier replies may end in another one (gpt-oss), and then the template is not stable.
         """
         if self._closes is None:
-            literals, _ = _split(self._rendered(_marked(("user", "assistant"), ""), False))
+            literals, _ = self._at_markers(("user", "assistant"), "", opened=False)
             self._closes = bool(self._closing(literals[-1]))
         return self._closes
 
@@ -414,7 +358,7 @@ class Encoder:
         if role not in self._openings:
             before = {"tool": ("user", "assistant", "tool")}.get(role, (role,))
             try:
-                literals, _ = _split(self._rendered(_marked(before, ""), True))
+                literals, _ = self._at_markers(before, "", opened=True)
                 self._openings[role] = literals[-1].removesuffix(" ")
             except jinja2.TemplateError:
                 self._openings[role] = ""
@@ -451,20 +395,16 @@ class Encoder:
             return (bos, *ids)
         return ids
 
+    def _at_markers(
+        self, shape: tuple[str, ...], pad: str, *, opened: bool
+    ) -> tuple[list[str], list[tuple[int, int]]]:
+        """A rendering of this shape, cut at its markers."""
+        return cuts.at_markers(self._rendered(cuts.marked(shape, pad), opened))
+
     def _rendered(self, messages: Sequence[Message], opened: bool) -> str:
-        chars = sum(len(message["content"]) for message in messages)
-        with _limited(chars):
-            text: str = self._template.render(
-                messages=[{"role": m["role"], "content": m["content"]} for m in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=opened,
-                strftime_now=_fixed_day,
-                **self._special_tokens,
-            )
-        if len(text) - chars > RENDER_CHARS:
-            raise _beyond(f"writes {len(text) - chars:,} characters beside the contents")
-        return text
+        return rendering.rendered(
+            self._template, messages, opened=opened, special_tokens=self._special_tokens
+        )
 
 
 @lru_cache(maxsize=4)
@@ -477,272 +417,22 @@ def _encoder(
     return Encoder(tokenizer, chat_template)
 
 
-def _fixed_day(form: str) -> str:
-    """The day that Llama's templates fall back to; with today's, no run could be repeated."""
-    return datetime(2024, 7, 26).strftime(form)
-
-
-class _OutOfTime(BaseException):
-    """Not an Exception, so that nothing between the alarm and `_limited` takes it for its own."""
-
-
-@contextmanager
-def _limited(chars: int) -> Iterator[None]:
-    """Ends a rendering that takes too much time or memory, and names what breaks inside it.
-
-    A timer of the process and not a child: each rendering has to be watched, since a template can
-    wait for a certain content, and a child for each would cost more than all of the encoding.
-    Python runs signal handlers between its instructions and inside long arithmetic and searches,
-    and the one thing that can keep it longer, a large allocation, is what the limit on memory
-    forbids. The price: both hold in the main thread alone, where stages run; the timer not on
-    Windows, and the limit on memory only on Linux. What counts is the thread's own computing and
-    not the time on the wall, so that a busy or sleeping machine breaks nothing.
-    """
-    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
-        with _named():
-            yield
-        return
-    started = time.thread_time()
-
-    def look(*_: object) -> None:
-        if time.thread_time() - started > RENDER_S:
-            raise _OutOfTime
-
-    before = signal.signal(signal.SIGALRM, look)
-    timer = signal.getitimer(signal.ITIMER_REAL)
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    try:
-        if sys.platform == "linux":
-            most = _address_space() + RENDER_BYTES + 32 * chars
-            bounds = [bound for bound in limits if bound != resource.RLIM_INFINITY]
-            resource.setrlimit(resource.RLIMIT_AS, (min([most, *bounds]), limits[1]))
-        signal.setitimer(signal.ITIMER_REAL, RENDER_S, RENDER_S / 10)
-        with _named():
-            yield
-    except _OutOfTime:
-        raise _beyond(f"takes more than {RENDER_S:g} s for one conversation") from None
-    except MemoryError:
-        raise _beyond(f"takes more than {RENDER_BYTES // 2**20} MB of memory") from None
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, *timer)
-
-
-@contextmanager
-def _named() -> Iterator[None]:
-    """Whatever goes wrong inside a template is an error of the template."""
-    try:
-        yield
-    except (jinja2.TemplateError, MemoryError):
-        raise
-    except Exception as error:
-        raise jinja2.TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
-
-
-def _address_space() -> int:
-    """Bytes of memory that the process has mapped."""
-    pages = int(os.pread(_own_memory(), 64, 0).split()[0])
-    return pages * resource.getpagesize()
-
-
-@lru_cache(maxsize=1)
-def _own_memory() -> int:
-    return os.open("/proc/self/statm", os.O_RDONLY)
-
-
-def _beyond(what: str) -> RunnerError:
-    return RunnerError(
-        f"the chat template {what}",
-        hint="no honest template does; do not trust this model, or use another template",
-    )
-
-
-def _compiled(chat_template: str) -> jinja2.Template:
-    """In jinja's immutable sandbox. Compiling is limited too: it computes what is constant."""
-    try:
-        with _limited(len(chat_template)):
-            template: jinja2.Template = _compile_jinja_template(chat_template)
-            return template
-    except jinja2.TemplateError as error:
-        line = getattr(error, "lineno", None)
-        where = f" at line {line}" if line else ""
-        raise RunnerError(
-            f"the chat template cannot be read{where}: {error}",
-            hint="get the model's tokenizer files again, or put a chat_template.jinja beside them",
-        ) from error
-
-
-_MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
-_HTML = re.compile(
-    r"</?(a|b|blockquote|caption|code|em|h[1-6]|i|li|ol|p|pre|s|strong|sub|sup|table|tbody|td|"
-    r"tfoot|th|thead|tr|u|ul)>"
-)
-
-
-def _is_marker(content: str, chat_template: str) -> bool:
-    """Whether an added token that is not special steers the model, as `<think>` does.
-
-    Runs of white space, HTML tags (Gemma has both) and added words are text: without them, a
-    pretrained model would be trained on spellings that it has never seen.
-    """
-    if content.isspace() or _HTML.fullmatch(content):
-        return False
-    return bool(_MARKER.fullmatch(content)) or content in chat_template
-
-
-def _without_control(backend: Tokenizer, control: frozenset[str]) -> tuple[Tokenizer, bool]:
-    """The tokenizer as it reads contents: no control tokens, and no space put before a text.
-
-    The second value tells whether the original puts one there.
-    """
-    spec: dict[str, Any] = json.loads(backend.to_str())
-    spec |= {"truncation": None, "padding": None, "post_processor": None}
-    vocab = spec["model"].get("vocab")
-    kept = []
-    for token in spec["added_tokens"]:
-        if token["content"] in control:
-            continue
-        if isinstance(vocab, dict):
-            # A token outside the vocabulary would be given another id; inside, it keeps its own.
-            vocab.setdefault(token["content"], token["id"])
-            kept.append(token)
-        elif backend.model.token_to_id(token["content"]) == token["id"]:
-            kept.append(token)
-    spec["added_tokens"] = kept
-    prefixes = False
-    for step in _steps(spec["pre_tokenizer"]):
-        if step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never":
-            step["prepend_scheme"] = "never"
-            prefixes = True
-        if step["type"] == "ByteLevel" and step.get("add_prefix_space"):
-            step["add_prefix_space"] = False
-            prefixes = True
-    normalizers = _steps(spec["normalizer"])
-    others = [step for step in normalizers if step["type"] != "Prepend"]
-    if len(others) < len(normalizers):
-        spec["normalizer"] = {"type": "Sequence", "normalizers": others}
-        prefixes = True
-    return Tokenizer.from_str(json.dumps(spec)), prefixes
-
-
-def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    if part is None:
-        return []
-    inner = part.get("pretokenizers") or part.get("normalizers") or [part]
-    return list(inner)
-
-
-_SENTINEL = re.compile(r"Qz7(\d+)y([012])Zq")
-_PAD = "\n \n"
-_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
-_THINKS = "+thought"
-
-
-def _shape(messages: Sequence[Message], thoughts: bool) -> tuple[str, ...]:
-    """What a skeleton depends on: the roles, and where asked for, which replies begin with a
-    thought, because templates that know thoughts move or drop them."""
-    if not thoughts:
-        return tuple([message["role"] for message in messages])
-    return tuple(
-        message["role"] + _THINKS
-        if message["role"] == "assistant" and _THOUGHT.fullmatch(message["content"])
-        else message["role"]
-        for message in messages
-    )
-
-
-def _role(name: str) -> str:
-    return name.removesuffix(_THINKS)
-
-
-def _is_reply(name: str) -> bool:
-    return _role(name) == "assistant"
-
-
-def _marked(shape: tuple[str, ...], pad: str) -> list[Message]:
-    messages: list[Message] = []
-    for index, name in enumerate(shape):
-        whole, thought, answer = (f"{pad}Qz7{index}y{part}Zq{pad}" for part in range(3))
-        if name.endswith(_THINKS):
-            whole = f"<think>\n{thought}\n</think>\n\n{answer}"
-        messages.append({"role": _role(name), "content": whole})
-    return messages
-
-
-def _split(rendered: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """The literals between the markers, and the (message, part) of each marker."""
-    literals: list[str] = []
-    places: list[tuple[int, int]] = []
-    end = 0
-    for found in _SENTINEL.finditer(rendered):
-        literals.append(rendered[end : found.start()])
-        places.append((int(found[1]), int(found[2])))
-        end = found.end()
-    literals.append(rendered[end:])
-    return literals, places
-
-
 def _check_places(places: Sequence[tuple[int, int]], shape: tuple[str, ...]) -> None:
     """Each content once; only the thought of an earlier reply may be left out."""
     counts = Counter(places)
     for index, name in enumerate(shape):
-        count = counts[(index, 2 if name.endswith(_THINKS) else 0)]
+        count = counts[(index, 2 if cuts.has_thought(name) else 0)]
         if count != 1:
             raise Refused(
-                f"the chat template writes message {index} ({_role(name)}) {count} times",
+                f"the chat template writes message {index} ({cuts.role(name)}) {count} times",
                 hint="remove messages of that role, or use a template that writes each message "
                 "once",
             )
-    if shape[-1].endswith(_THINKS) and (len(shape) - 1, 1) not in places:
+    if cuts.has_thought(shape[-1]) and (len(shape) - 1, 1) not in places:
         raise Refused(
             "the chat template drops the thought (<think>…</think>) of a reply that it ends with",
             hint="remove the thoughts from the data, or use a template that keeps them",
         )
-
-
-def _trims(literals: Sequence[str], padded: Sequence[str]) -> dict[int, tuple[Trim, Trim]]:
-    """Which white space the template takes off each content, seen on contents that are padded."""
-    remains: tuple[tuple[Trim, str, str], ...] = (
-        ("keep", _PAD, _PAD),
-        ("newlines", _PAD.rstrip("\n"), _PAD.lstrip("\n")),
-        ("space", "", ""),
-    )
-    lefts: list[Trim] = []
-    rights: list[Trim] = []
-    last = len(literals) - 1
-    for place, (literal, found) in enumerate(zip(literals, padded, strict=True)):
-        fits = [
-            (right, left)
-            for right, after, _ in (remains if place else remains[2:])
-            for left, _, before in (remains if place < last else remains[2:])
-            if found == after + literal + before
-        ]
-        right, left = fits[0] if fits else ("keep", "keep")
-        rights.append(right)
-        lefts.append(left)
-    return {place: (lefts[place], rights[place + 1]) for place in range(last)}
-
-
-def _text(content: str, slot: _Slot) -> str:
-    if slot.part:
-        found = _THOUGHT.fullmatch(content)
-        assert found, "a shape with thoughts is made from contents that have them"
-        content = found[1].strip("\n") if slot.part == 1 else found[2].lstrip("\n")
-    if slot.left != "keep":
-        content = content.lstrip("\n" if slot.left == "newlines" else None)
-    if slot.right != "keep":
-        content = content.rstrip("\n" if slot.right == "newlines" else None)
-    return slot.space + content if slot.space else content
-
-
-def _interleaved(literals: Sequence[str], texts: Sequence[str]) -> str:
-    parts = [literals[0]]
-    for text, literal in zip(texts, literals[1:], strict=True):
-        parts.append(text)
-        parts.append(literal)
-    return "".join(parts)
 
 
 def _folded(messages: Sequence[Message]) -> list[Message] | None:

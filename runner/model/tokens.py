@@ -8,9 +8,6 @@ template refuses is set aside with its reason.
 
 What was encoded before is taken over, from the stage's last output or from an interrupted run: the
 tokens of a conversation depend on what is said in it, which its id stands for, and on its chains.
-So `conversations.arrow` notes for each what its chains were and how many rows they gave. The bytes
-are those of a build from nothing.
-T tokens of a row.
 """
 
 from __future__ import annotations
@@ -18,149 +15,26 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
-import shutil
-from bisect import bisect_right
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-from transformers import PreTrainedTokenizerBase
 
-from runner import disk
 from runner.chat import jsonl
 from runner.errors import RunnerError
 from runner.model import load, packing, template
+from runner.model.token_book import Book, Done, Earlier, Metrics, Parts, Run, is_whole
+from runner.model.token_files import SPLITS, Row, Split, read
 
 Overflow = Literal["rebase", "drop", "fail"]
-Split = Literal["train", "eval"]
-
-SPLITS: tuple[Split, ...] = ("train", "eval")
-SCHEMA = pa.schema(
-    [
-        pa.field("conversation", pa.string(), nullable=False),
-        pa.field("first", pa.int32(), nullable=False),
-        pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("weights", pa.list_(pa.float32()), nullable=False),
-        pa.field("replies", pa.int32(), nullable=False),
-    ]
-)
-CONVERSATIONS = pa.schema(
-    [
-        pa.field("conversation", pa.string(), nullable=False),
-        pa.field("chains", pa.int64(), nullable=False),
-        pa.field("train_rows", pa.int32(), nullable=False),
-        pa.field("eval_rows", pa.int32(), nullable=False),
-        pa.field("train_dropped", pa.int32(), nullable=False),
-        pa.field("eval_dropped", pa.int32(), nullable=False),
-        pa.field("traits", pa.int32(), nullable=False),
-    ]
-)
-"""One line for each conversation that has chains; `chains` is a digest of them, and `traits` has a
-bit for each of `TRAITS`."""
-TRAITS = ("unstable_conversations", "system_folded", "refused_conversations")
-
 Emit = Callable[[dict[str, Any]], None]
-Metrics = dict[str, float | int | str]
 
 _BLOCK_CHARS = 1_000_000
-_PART_CHARS = 4_000_000
-_BATCH_TOKENS = 1_000_000
-
-
-@dataclass(frozen=True)
-class Row:
-    """One example: `weights[t]` is the weight of predicting `input_ids[t]`; both have shape (T,).
-
-    `first` is the message it starts from, beside a leading system message; `replies` counts the
-    replies that carry loss.
-    """
-
-    conversation: str
-    first: int
-    input_ids: npt.NDArray[np.int32]
-    weights: npt.NDArray[np.float32]
-    replies: int
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """Rows one after another, as flat columns."""
-
-    conversations: list[str]
-    firsts: npt.NDArray[np.int32]
-    lengths: npt.NDArray[np.int32]
-    input_ids: npt.NDArray[np.int32]
-    weights: npt.NDArray[np.float32]
-    replies: npt.NDArray[np.int32]
-
-
-class Rows(Sequence[Row]):
-    """The rows of one split, read from the disk as they are asked for."""
-
-    def __init__(self, path: Path) -> None:
-        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
-            self._batches = [batch for batch in stream if batch.num_rows]
-        self._starts = [0]
-        for batch in self._batches:
-            self._starts.append(self._starts[-1] + batch.num_rows)
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        place = index + len(self) if index < 0 else index
-        if not 0 <= place < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        which = bisect_right(self._starts, place) - 1
-        batch, inside = self._batches[which], place - self._starts[which]
-        return Row(
-            conversation=batch.column("conversation")[inside].as_py(),
-            first=batch.column("first")[inside].as_py(),
-            input_ids=_list_at(batch.column("input_ids"), inside),
-            weights=_list_at(batch.column("weights"), inside),
-            replies=batch.column("replies")[inside].as_py(),
-        )
-
-    def __iter__(self) -> Iterator[Row]:
-        return (self[place] for place in range(len(self)))
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int32]:
-        """Tokens of each row, for packing."""
-        found = [np.diff(batch.column("input_ids").offsets.to_numpy()) for batch in self._batches]
-        return np.concatenate(found) if found else np.zeros(0, np.int32)
-
-    @property
-    def conversations(self) -> list[str]:
-        """The conversation of each row."""
-        return [id for batch in self._batches for id in batch.column("conversation").to_pylist()]
-
-    def columns(self, start: int, stop: int) -> Iterator[_Columns]:
-        """Rows `start` to `stop` (half open), piece by piece."""
-        for batch, first in zip(self._batches, self._starts, strict=False):
-            begin, end = max(start - first, 0), min(stop - first, batch.num_rows)
-            if begin >= end:
-                continue
-            offsets = batch.column("input_ids").offsets.to_numpy()
-            tokens = slice(offsets[begin], offsets[end])
-            yield _Columns(
-                conversations=batch.column("conversation").slice(begin, end - begin).to_pylist(),
-                firsts=batch.column("first").to_numpy()[begin:end],
-                lengths=np.diff(offsets[begin : end + 1]),
-                input_ids=batch.column("input_ids").values.to_numpy()[tokens],
-                weights=batch.column("weights").values.to_numpy()[tokens],
-                replies=batch.column("replies").to_numpy()[begin:end],
-            )
 
 
 @dataclass(frozen=True)
@@ -195,14 +69,14 @@ def write(
     """
     waiting = _read_chains(chains)
     total = len(waiting)
-    with _Book(output) as book, _Parts(scratch) as parts:
+    with Book(output) as book, Parts(scratch) as parts:
         earlier = [*parts.found]
-        if previous and _is_whole(previous):
-            earlier.append(_Earlier(previous))
+        if previous and is_whole(previous):
+            earlier.append(Earlier(previous))
         done = 0
         for block, encoded in _encoded(base, _blocks(conversations, waiting, earlier)):
             for entry in block:
-                if isinstance(entry, _Run):
+                if isinstance(entry, Run):
                     book.take_over(entry)
                     done += entry.stop - entry.start
                 else:
@@ -240,47 +114,6 @@ def write(
     return metrics
 
 
-def read(path: Path) -> Rows:
-    """The rows of `train.arrow` or `eval.arrow`, memory mapped."""
-    return Rows(path)
-
-
-def shown(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[dict[str, Any]]:
-    """Each token as text with its weight; the texts joined are the text of the row.
-
-    A letter that takes several tokens stands at the last of them.
-    """
-    tokens: list[dict[str, Any]] = []
-    held: list[int] = []
-    for id, weight in zip(row.input_ids.tolist(), row.weights.tolist(), strict=True):
-        held.append(id)
-        text = cast(str, tokenizer.decode(held, clean_up_tokenization_spaces=False))
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(held) < 4:
-            text = ""
-        else:
-            held = []
-        tokens.append({"token": text, "id": id, "weight": weight})
-    return tokens
-
-
-def json_lines(artifact: Path) -> Iterator[str]:
-    """The rows of both splits as JSON lines, without line ends."""
-    for split in SPLITS:
-        for row in read(artifact / f"{split}.arrow"):
-            yield json.dumps(
-                {
-                    "split": split,
-                    "conversation": row.conversation,
-                    "first": row.first,
-                    "replies": row.replies,
-                    "input_ids": row.input_ids.tolist(),
-                    "weights": row.weights.tolist(),
-                },
-                ensure_ascii=False,
-                separators=(",", ":"),
-            )
-
-
 def _read_chains(path: Path) -> dict[str, list[Chain]]:
     found: dict[str, list[Chain]] = defaultdict(list)
     for line, record in enumerate(jsonl.read(path), 1):
@@ -310,20 +143,11 @@ class _New:
     chars: int
 
 
-@dataclass
-class _Run:
-    """Conversations `start` to `stop` (half open) of an earlier output, taken over as they are."""
-
-    earlier: _Earlier
-    start: int
-    stop: int
-
-
 def _blocks(
-    path: Path, waiting: dict[str, list[Chain]], earlier: Sequence[_Earlier]
-) -> Iterator[list[_New | _Run]]:
+    path: Path, waiting: dict[str, list[Chain]], earlier: Sequence[Earlier]
+) -> Iterator[list[_New | Run]]:
     """Conversations that have chains, about as many new ones as keep the tokenizer busy."""
-    block: list[_New | _Run] = []
+    block: list[_New | Run] = []
     chars = 0
     with path.open("rb") as lines:
         for line in lines:
@@ -338,10 +162,10 @@ def _blocks(
                 size = sum(len(message["content"]) for message in record["messages"])
                 block.append(_New(record, own, size))
                 chars += size
-            elif isinstance(last, _Run) and (last.earlier, last.stop) == known:
+            elif isinstance(last, Run) and (last.earlier, last.stop) == known:
                 last.stop += 1
             else:
-                block.append(_Run(known[0], known[1], known[1] + 1))
+                block.append(Run(known[0], known[1], known[1] + 1))
             if chars >= _BLOCK_CHARS:
                 yield block
                 block, chars = [], 0
@@ -359,8 +183,8 @@ def _id(line: bytes) -> str:
 
 
 def _found(
-    id: str, chains: Sequence[Chain], earlier: Sequence[_Earlier]
-) -> tuple[_Earlier, int] | None:
+    id: str, chains: Sequence[Chain], earlier: Sequence[Earlier]
+) -> tuple[Earlier, int] | None:
     """The earlier output that has this conversation with these chains, and its place there."""
     for output in earlier:
         place = output.places.get(id)
@@ -376,15 +200,15 @@ def _digest(chains: Sequence[Chain]) -> int:
 
 
 def _encoded(
-    base: Path, blocks: Iterable[list[_New | _Run]]
-) -> Iterator[tuple[list[_New | _Run], _Encoded]]:
+    base: Path, blocks: Iterable[list[_New | Run]]
+) -> Iterator[tuple[list[_New | Run], _Encoded]]:
     """Each block with its encodings.
 
     While the tokenizer works on a block, in threads of its own, the one before is written and the
     next one is read.
     """
     encoder: template.Encoder | None = None
-    before: tuple[list[_New | _Run], _Encoded, Future[None]] | None = None
+    before: tuple[list[_New | Run], _Encoded, Future[None]] | None = None
     with ThreadPoolExecutor(max_workers=1) as pool:
         for block in blocks:
             new = [entry for entry in block if isinstance(entry, _New)]
@@ -399,17 +223,6 @@ def _encoded(
         if before:
             before[2].result()
             yield before[:2]
-
-
-@dataclass(frozen=True)
-class _Done:
-    """What became of one conversation."""
-
-    conversation: str
-    chains: int
-    rows: dict[Split, list[Row]] = field(default_factory=lambda: {split: [] for split in SPLITS})
-    dropped: list[tuple[Split, dict[str, Any]]] = field(default_factory=list)
-    traits: set[tuple[Split, str]] = field(default_factory=set)
 
 
 class _Encoded:
@@ -497,8 +310,8 @@ def _check_replies(record: Mapping[str, Any], chain: Chain) -> None:
             )
 
 
-def _conversation(entry: _New, encoded: _Encoded, max_tokens: int, overflow: Overflow) -> _Done:
-    done = _Done(entry.record["id"], _digest(entry.chains))
+def _conversation(entry: _New, encoded: _Encoded, max_tokens: int, overflow: Overflow) -> Done:
+    done = Done(entry.record["id"], _digest(entry.chains))
     for chain in entry.chains:
         split = chain.split
         try:
@@ -631,278 +444,3 @@ def _row(
 def _lost(chain: Chain, first: int, reason: str, tokens: int | None) -> dict[str, Any]:
     lost = {"conversation": chain.conversation, "first": first, "reason": reason}
     return lost if tokens is None else {**lost, "tokens": tokens}
-
-
-class _Earlier:
-    """An output that was written before, to take conversations from."""
-
-    def __init__(self, folder: Path) -> None:
-        with pa.memory_map(str(folder / "conversations.arrow")) as source:
-            table = pa.ipc.open_stream(source).read_all()
-        ids = table.column("conversation").to_pylist()
-        self.conversations: list[str] = ids
-        self.places = {id: place for place, id in enumerate(ids)}
-        self.digests: list[int] = table.column("chains").to_pylist()
-        self.traits: npt.NDArray[np.int32] = table.column("traits").to_numpy()
-        self.counts = {
-            name: table.column(name).to_numpy() for name in CONVERSATIONS.names if "_" in name
-        }
-        self.rows = {split: read(folder / f"{split}.arrow") for split in SPLITS}
-        self.row_starts = {split: _starts(self.counts[f"{split}_rows"]) for split in SPLITS}
-        lost = sum(self.counts[f"{split}_dropped"] for split in SPLITS)
-        self.dropped_starts = _starts(lost)
-        text = (folder / "dropped.jsonl").read_text(encoding="utf-8")
-        self.dropped = text.split("\n")[:-1]
-
-
-def _starts(counts: npt.NDArray[np.int32]) -> list[int]:
-    starts: list[int] = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).tolist()
-    return starts
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether the folder is such an output; one of an older version is not."""
-    names = ("conversations.arrow", "dropped.jsonl", *(f"{split}.arrow" for split in SPLITS))
-    return all((folder / name).is_file() for name in names)
-
-
-class _Parts:
-    """Finished parts of a run in `scratch`; each is an output of its own, for some conversations.
-
-    A part appears whole, so that a kill at any time leaves whole ones alone.
-    """
-
-    def __init__(self, scratch: Path | None) -> None:
-        self._scratch = scratch
-        self._next = 0
-        self._book: _Book | None = None
-        self._chars = 0
-        self.found: list[_Earlier] = []
-        if scratch:
-            scratch.mkdir(parents=True, exist_ok=True)
-            for staged in scratch.glob(".part-*"):
-                shutil.rmtree(staged)
-            whole = sorted(path for path in scratch.glob("part-*") if _is_whole(path))
-            self.found = [_Earlier(path) for path in whole]
-            if whole:
-                self._next = int(whole[-1].name.removeprefix("part-")) + 1
-
-    def __enter__(self) -> _Parts:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._book:
-            self._book.__exit__()
-
-    def add(self, done: _Done) -> None:
-        if not self._scratch:
-            return
-        if not self._book:
-            staged = self._scratch / f".part-{os.getpid()}"
-            staged.mkdir()
-            self._book = _Book(staged)
-        self._book.add(done)
-
-    def finish(self, chars: int) -> None:
-        """Publishes the part, if it has enough to be worth it."""
-        self._chars += chars
-        if self._scratch and self._book and self._chars >= _PART_CHARS:
-            with self._book as book:
-                book.finish()
-            disk.publish(book.folder, self._scratch / f"part-{self._next:06}")
-            self._next += 1
-            self._book, self._chars = None, 0
-
-
-class _Book:
-    """An output that is being written, conversation by conversation."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.sheets = {split: _Sheet(folder / f"{split}.arrow") for split in SPLITS}
-        self._dropped = (folder / "dropped.jsonl").open("w", encoding="utf-8", newline="\n")
-        self._columns: dict[str, list[Any]] = {name: [] for name in CONVERSATIONS.names}
-        self._refusals: Counter[str] = Counter()
-        self._refused: dict[str, str] = {}
-
-    def __enter__(self) -> _Book:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for sheet in self.sheets.values():
-            sheet.close()
-        self._dropped.close()
-
-    def add(self, done: _Done) -> None:
-        for split in SPLITS:
-            for row in done.rows[split]:
-                self.sheets[split].add(_as_columns(row))
-            self._columns[f"{split}_rows"].append([len(done.rows[split])])
-            lost = sum(own == split for own, _ in done.dropped)
-            self._columns[f"{split}_dropped"].append([lost])
-        for _, line in done.dropped:
-            self._drop(json.dumps(line, ensure_ascii=False))
-        traits = sum(1 << _bit(split, name) for split, name in done.traits)
-        self._columns["conversation"].append([done.conversation])
-        self._columns["chains"].append([done.chains])
-        self._columns["traits"].append([traits])
-
-    def take_over(self, run: _Run) -> None:
-        earlier, places = run.earlier, slice(run.start, run.stop)
-        for split in SPLITS:
-            starts = earlier.row_starts[split]
-            for piece in earlier.rows[split].columns(starts[run.start], starts[run.stop]):
-                self.sheets[split].add(piece)
-        lost = slice(earlier.dropped_starts[run.start], earlier.dropped_starts[run.stop])
-        for line in earlier.dropped[lost]:
-            self._drop(line)
-        for name, counts in earlier.counts.items():
-            self._columns[name].append(counts[places])
-        self._columns["conversation"].append(earlier.conversations[places])
-        self._columns["chains"].append(earlier.digests[places])
-        self._columns["traits"].append(earlier.traits[places])
-
-    def finish(self) -> None:
-        """Writes what is left; a book that is closed without this is no output."""
-        for sheet in self.sheets.values():
-            sheet.finish()
-        columns = [
-            pa.array([value for piece in self._columns[name.name] for value in piece], name.type)
-            for name in CONVERSATIONS
-        ]
-        path = str(self.folder / "conversations.arrow")
-        with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, CONVERSATIONS) as stream:
-            stream.write_batch(pa.record_batch(columns, schema=CONVERSATIONS))
-
-    @property
-    def refused(self) -> int:
-        """Conversations that the template refused, in whole or in part."""
-        mask = sum(1 << _bit(split, "refused_conversations") for split in SPLITS)
-        return sum(bool(traits & mask) for traits in self._all("traits"))
-
-    @property
-    def refusal(self) -> str:
-        """The template's most frequent reason, with the first conversation that it holds for."""
-        most = self._refusals.most_common(1)
-        return f"{self._refused[most[0][0]]}: {most[0][0]}" if most else ""
-
-    def metrics(self) -> Metrics:
-        metrics: Metrics = {}
-        for split, sheet in self.sheets.items():
-            metrics |= {
-                f"{split}_rows": sheet.rows,
-                f"{split}_replies": sheet.replies,
-                f"{split}_tokens": sheet.tokens,
-                f"{split}_trained_tokens": sheet.trained,
-                f"{split}_dropped": sum(self._all(f"{split}_dropped")),
-            }
-            for name in TRAITS:
-                bit = 1 << _bit(split, name)
-                metrics[f"{split}_{name}"] = sum(bool(t & bit) for t in self._all("traits"))
-        return metrics
-
-    def _all(self, name: str) -> Iterator[int]:
-        return (int(value) for piece in self._columns[name] for value in piece)
-
-    def _drop(self, line: str) -> None:
-        self._dropped.write(line + "\n")
-        lost = json.loads(line)
-        if "tokens" not in lost:
-            self._refusals[lost["reason"]] += 1
-            where = f"conversation {lost['conversation']!r} from message {lost['first']}"
-            self._refused.setdefault(lost["reason"], where)
-
-
-def _bit(split: Split, trait: str) -> int:
-    return SPLITS.index(split) * len(TRAITS) + TRAITS.index(trait)
-
-
-def _as_columns(row: Row) -> _Columns:
-    return _Columns(
-        [row.conversation],
-        np.array([row.first], np.int32),
-        np.array([len(row.input_ids)], np.int32),
-        row.input_ids,
-        row.weights,
-        np.array([row.replies], np.int32),
-    )
-
-
-class _Sheet:
-    """One Arrow file that is being written, in batches cut by tokens, so the bytes never differ."""
-
-    def __init__(self, path: Path) -> None:
-        self.rows = self.replies = self.tokens = self.trained = 0
-        self._waiting: list[_Columns] = []
-        self._waiting_tokens = 0
-        self._file = pa.OSFile(str(path), "wb")
-        self._writer = pa.ipc.new_stream(self._file, SCHEMA)
-
-    def add(self, piece: _Columns) -> None:
-        self.rows += len(piece.lengths)
-        self.replies += int(piece.replies.sum())
-        self.tokens += len(piece.input_ids)
-        self.trained += int(np.count_nonzero(piece.weights))
-        while len(piece.lengths):
-            filled = self._waiting_tokens + np.cumsum(piece.lengths, dtype=np.int64)
-            rows = int(np.searchsorted(filled, _BATCH_TOKENS)) + 1
-            if rows > len(piece.lengths):
-                self._waiting.append(piece)
-                self._waiting_tokens = int(filled[-1])
-                return
-            full, piece = _cut(piece, rows)
-            self._waiting.append(full)
-            self._flush()
-
-    def finish(self) -> None:
-        self._flush()
-        self._writer.close()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _flush(self) -> None:
-        pieces = self._waiting
-        if pieces:
-            lengths = np.concatenate([piece.lengths for piece in pieces])
-            offsets = pa.array(
-                np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), pa.int32()
-            )
-            ids = np.concatenate([piece.input_ids for piece in pieces])
-            weights = np.concatenate([piece.weights for piece in pieces])
-            names = [name for piece in pieces for name in piece.conversations]
-            columns = [
-                pa.array(names, pa.string()),
-                pa.array(np.concatenate([piece.firsts for piece in pieces])),
-                pa.ListArray.from_arrays(offsets, pa.array(ids)),
-                pa.ListArray.from_arrays(offsets, pa.array(weights)),
-                pa.array(np.concatenate([piece.replies for piece in pieces])),
-            ]
-            self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
-        self._waiting, self._waiting_tokens = [], 0
-
-
-def _cut(piece: _Columns, rows: int) -> tuple[_Columns, _Columns]:
-    """The first `rows` of a piece, and the others."""
-    tokens = int(piece.lengths[:rows].sum())
-    halves = (
-        _Columns(
-            piece.conversations[own],
-            piece.firsts[own],
-            piece.lengths[own],
-            piece.input_ids[inside],
-            piece.weights[inside],
-            piece.replies[own],
-        )
-        for own, inside in (
-            (slice(rows), slice(tokens)),
-            (slice(rows, None), slice(tokens, None)),
-        )
-    )
-    first, second = halves
-    return first, second
-
-
-def _list_at(column: Any, place: int) -> Any:
-    start, stop = column.offsets[place].as_py(), column.offsets[place + 1].as_py()
-    return column.values[start:stop].to_numpy()

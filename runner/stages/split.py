@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -171,18 +171,19 @@ def doubts(
     groups: Sequence[Sequence[Member]], held_out: set[str], eval_fraction: float
 ) -> Iterator[str]:
     """What a user should know of the split: too few for eval, or not the share that was asked."""
-    sizes = [len({content(one.id) for one in group}) for group in groups]
-    total, kept = sum(sizes), len({content(id) for id in held_out})
+    sizes = [len(group) for group in groups]
+    total, kept = sum(sizes), len(held_out)
     if total > 1 and len(groups) == 1:
         yield (
             f"no conversation is kept for eval: all {total} belong together, because they "
             f"{_reasons(groups[0])}; add other conversations"
         )
+    elif total == 1:
+        yield "the only conversation is trained, and none is kept for eval; add others"
     elif kept < FEW and eval_fraction * total < 2 * FEW:
         yield (
-            f"{kept} of {total} conversations are kept for eval: "
-            "its loss will be noisy, and with one or two more data may choose others; "
-            "more data or a larger eval_fraction would help"
+            f"{kept} of {total} conversations are kept for eval: its loss will be noisy, and with "
+            "one or two more data may choose others; more conversations would help"
         )
     elif not eval_fraction / 2 <= kept / total <= eval_fraction * 2:
         size, largest = max(zip(sizes, groups, strict=True), key=lambda pair: pair[0])
@@ -241,10 +242,10 @@ def _mark(chains: Path, marked: Path, held_out: set[str]) -> Counter[str]:
     return counts
 
 
-def _counts(chains: Mapping[str, int], train: Iterable[str], held_out: Iterable[str]) -> Metrics:
+def _counts(chains: Mapping[str, int], train: Set[str], held_out: Set[str]) -> Metrics:
     return {
-        "train_conversations": len(set(map(content, train))),
-        "eval_conversations": len(set(map(content, held_out))),
+        "train_conversations": len(train),
+        "eval_conversations": len(held_out),
         "train_chains": chains["train"],
         "eval_chains": chains["eval"],
     }

@@ -49,6 +49,6 @@ class Tokenize(Stage):
         )
 
     def rows(self, artifact: Path, view: str) -> Iterator[str]:
-        from runner.model import tokens
+        from runner.model import token_files
 
-        return tokens.json_lines(artifact)
+        return token_files.json_lines(artifact)

@@ -54,6 +54,10 @@ class Window(Stage):
 
     @model_validator(mode="after")
     def _makes_windows(self) -> Window:
+        longer = {"pairs", "expanding", "sliding_turns"} & self.model_fields_set
+        if self.mode == "instruct" and longer:
+            names = " and ".join(sorted(longer))
+            raise ValueError(f"has {names}, but mode is instruct; add `mode: conversational`")
         kinds = self.pairs or self.expanding or self.sliding_turns
         if self.mode == "conversational" and not kinds:
             raise ValueError("makes no windows; leave pairs or expanding on, or give sliding_turns")

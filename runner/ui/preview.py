@@ -16,13 +16,13 @@ GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 
 def show(opened: Opened, count: int, *, as_json: bool, colour: bool) -> None:
     """Prints the first `count` training examples, what is learned in green or in ⟦brackets⟧."""
-    from runner.model import load, tokens
+    from runner.model import load, token_files
 
     folder = artifacts.of_kind(opened, "tokenize")
     base = load.base_folder(base_path(opened), opened.workspace.cache)
     tokenizer = load.tokenizer(base)
-    for row in islice(tokens.read(folder / "train.arrow"), count):
-        shown = tokens.shown(tokenizer, row)
+    for row in islice(token_files.read(folder / "train.arrow"), count):
+        shown = token_files.shown(tokenizer, row)
         if as_json:
             record = {"conversation": row.conversation, "first": row.first, "tokens": shown}
             print(json.dumps(record, ensure_ascii=False))

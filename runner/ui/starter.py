@@ -54,7 +54,7 @@ def write(folder: Path, name: str) -> list[Path]:
         written.append(schema)
     for path, line in ((folder / ".gitignore", IGNORED), (folder / ".gitattributes", MERGED)):
         before = path.read_bytes() if path.exists() else b""
-        if line.strip().encode() not in before.split():
+        if line.strip().encode() not in before.splitlines():
             gap = b"" if not before or before.endswith(b"\n") else b"\n"
             disk.write_whole(path.resolve(), before + gap + line.encode())
             written.append(path)

@@ -18,6 +18,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from importlib import metadata
@@ -31,9 +32,10 @@ from trl import SFTConfig, SFTTrainer
 
 from runner.chat import jsonl
 from runner.model import load, template, tokens
+from runner.sources import SourceFile
 from runner.stages.ingest import Ingest
 from runner.stages.split import Split
-from runner.stages.stage import Dirs, SourceFile, Stage
+from runner.stages.stage import Dirs, Stage
 from runner.stages.tokenize import Tokenize
 from runner.stages.window import Window
 
@@ -63,11 +65,13 @@ def main() -> None:
 def share_of_the_tokenizer(root: Path, base: Path, chars: int) -> None:
     """(a) Raw chats to token files, by all four stages, as a share of the bare tokenizer."""
     root.mkdir()
-    sources = []
+    sources: list[SourceFile] = []
     texts: list[str] = []
     while sum(map(len, texts)) < chars:
         messages = _sender_chat(len(sources))
-        texts += [message.get("userInput", message.get("claudeOutputText")) for message in messages]
+        texts += [
+            message.get("userInput", message.get("claudeOutputText", "")) for message in messages
+        ]
         path = root / f"chat{len(sources)}.json"
         path.write_text(json.dumps(messages, ensure_ascii=False), encoding="utf-8")
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -226,7 +230,6 @@ def _write_inputs(root: Path, records: Sequence[Mapping[str, Any]], *, expanding
 
     root.mkdir(exist_ok=True)
     jsonl.write(root / "conversations.jsonl", (dict(record) for record in records))
-    counts = dict.fromkeys(("conversations", "windows", "chains", "without_reply"), 0)
     found = chains(
         records,
         pairs=False,
@@ -234,7 +237,7 @@ def _write_inputs(root: Path, records: Sequence[Mapping[str, Any]], *, expanding
         sliding_turns=(),
         every_reply=False,
         once=True,
-        counts=counts,
+        counts=Counter(),
     )
     jsonl.write(root / "chains.jsonl", ({**chain, "split": "train"} for chain in found))
 
