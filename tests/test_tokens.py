@@ -325,6 +325,19 @@ def test_overflow_drop_leaves_the_whole_chain_out(desk: Desk) -> None:
     }
 
 
+def test_what_is_too_long_is_said_with_the_length_that_would_do(desk: Desk) -> None:
+    chains = [chain("a", 0, {1: 1, 7: 1}), chain("a", 6, {7: 1})]
+    desk.write({"a": LONG}, chains, max_tokens=60, overflow="drop")
+    [warning] = [event["text"] for event in desk.events if event["event"] == "warning"]
+    assert f"longer than max_tokens: 60, the longest has {length(desk, LONG)} tokens" in warning
+
+
+def test_nothing_to_train_on_is_an_error_whatever_there_is_for_eval(desk: Desk) -> None:
+    chains = [chain("a", 0, {7: 1}), chain("b", 0, {1: 1}, split="eval")]
+    with pytest.raises(RunnerError, match=r"no token to train on .* longer than max_tokens: 60"):
+        desk.write({"a": LONG, "b": LONG[:2]}, chains, max_tokens=60, overflow="drop")
+
+
 def test_overflow_fail_names_the_conversation(desk: Desk) -> None:
     with pytest.raises(RunnerError, match=r"'a'.* takes \d+ tokens, more than max_tokens: 60"):
         desk.write({"a": LONG}, [chain("a", 0, {7: 1})], max_tokens=60, overflow="fail")

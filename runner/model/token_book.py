@@ -72,6 +72,7 @@ class Book:
         self.sheets = {split: _Sheet(folder / f"{split}.arrow") for split in SPLITS}
         self._dropped = (folder / "dropped.jsonl").open("w", encoding="utf-8", newline="\n")
         self._columns: dict[str, list[Any]] = {name: [] for name in CONVERSATIONS.names}
+        self.too_long = self.longest = 0
         self._refusals: Counter[str] = Counter()
         self._refused: dict[str, str] = {}
 
@@ -157,7 +158,10 @@ class Book:
     def _drop(self, line: str) -> None:
         self._dropped.write(line + "\n")
         lost = json.loads(line)
-        if "tokens" not in lost:
+        if "tokens" in lost:
+            self.too_long += 1
+            self.longest = max(self.longest, lost["tokens"])
+        else:
             self._refusals[lost["reason"]] += 1
             where = f"conversation {lost['conversation']!r} from message {lost['first']}"
             self._refused.setdefault(lost["reason"], where)

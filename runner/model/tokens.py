@@ -93,12 +93,23 @@ def write(
             f"{chains}: conversation {missing!r} is not in {conversations}",
             hint="the chains were cut from other conversations; run the stages between again",
         )
-    if not sum(sheet.trained for sheet in book.sheets.values()):
-        why = f": {book.refusal}" if book.refusal else ""
+    too_long = (
+        f"{book.too_long} stretches are longer than max_tokens: {max_tokens}, "
+        f"the longest has {book.longest} tokens"
+    )
+    if not book.sheets["train"].trained:
+        reasons = [book.refusal] if book.refusal else []
+        reasons += [too_long] if book.too_long else []
         raise RunnerError(
-            f"no token to train on in {total} conversations{why}",
-            hint="see dropped.jsonl for what was left out; a larger max_tokens keeps more",
+            f"no token to train on in {total} conversations"
+            + (f": {'; '.join(reasons)}" if reasons else ""),
+            hint="raise max_tokens, or use another chat template or other data"
+            if reasons
+            else "all conversations are kept for eval; lower eval_fraction or add data",
         )
+    if book.too_long:
+        text = f"{too_long}; they are left out (runner cat RECIPE tokenize --dropped)"
+        emit({"event": "warning", "text": text})
     if book.refused:
         text = (
             f"the chat template refuses {book.refused} of {total} conversations, or parts of them, "

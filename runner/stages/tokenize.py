@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -28,6 +28,7 @@ class Tokenize(Stage):
     writes = "tokens"
     uses_base_model = True
     own_process = True
+    shows: ClassVar[Mapping[str, str]] = {"dropped": "dropped.jsonl"}
 
     def run(self, dirs: Dirs) -> Metrics:
         from runner.model import load, tokens
@@ -51,4 +52,4 @@ class Tokenize(Stage):
     def rows(self, artifact: Path, view: str) -> Iterator[str]:
         from runner.model import token_files
 
-        return token_files.json_lines(artifact)
+        return super().rows(artifact, view) if view else token_files.json_lines(artifact)

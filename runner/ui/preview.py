@@ -16,9 +16,9 @@ GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 
 def show(opened: Opened, count: int, *, as_json: bool, colour: bool) -> None:
     """Prints the first `count` training examples, what is learned in green or in ⟦brackets⟧."""
-    from runner.model import load, token_files
-
     folder = artifacts.of_kind(opened, "tokenize")
+    from runner.model import load, token_files  # takes seconds, and what is missing is said before
+
     base = load.base_folder(base_path(opened), opened.workspace.cache)
     tokenizer = load.tokenizer(base)
     for row in islice(token_files.read(folder / "train.arrow"), count):
