@@ -124,12 +124,14 @@ def test_an_archive_is_read_from_its_path(tmp_path: Path) -> None:
 def test_members_of_other_kinds_are_summed_up() -> None:
     files = [("a.json", CHAT), ("b.png", b""), ("c.PNG", b""), ("d.html", b""), ("e", b"")]
     _, summary = found(packed(*files))
-    assert summary == Refused("4 members of other kinds (.png, .html) were passed over")
+    assert summary == Refused(
+        "4 members of other kinds (.png, .html) were passed over", passed_over=True
+    )
 
 
 def test_one_member_of_another_kind_is_one() -> None:
     (summary,) = found(packed(("a.png", b"")))
-    assert summary == Refused("1 member of another kind (.png) was passed over")
+    assert summary == Refused("1 member of another kind (.png) was passed over", passed_over=True)
 
 
 def test_hidden_files_and_folders_are_not_mentioned() -> None:

@@ -52,7 +52,7 @@ def test_a_failed_stage_leaves_nothing_half_written(tmp_path: Path) -> None:
     recipe = make(tmp_path, chats=0)
     (tmp_path / "chats").mkdir()
     (tmp_path / "chats" / "a.json").write_text("nothing")
-    with pytest.raises(PreconditionError, match=r"no conversation in the sources; the first"):
+    with pytest.raises(PreconditionError, match=r"no conversation in the sources: 1 × is not"):
         apply(recipe)
     assert not recipe.with_suffix(".lock").exists()
     assert not (tmp_path / "artifacts" / "small").exists()

@@ -216,7 +216,7 @@ def test_broken_files_cost_only_themselves(tmp_path: Path) -> None:
 def test_too_many_bad_records_stop_the_run_with_the_first(tmp_path: Path) -> None:
     recipe = make(tmp_path, RECIPE + "    max_bad_fraction: 0.1\n")
     (tmp_path / "chats" / "bad.json").write_text(json.dumps([{"shape": 1}] * 3))
-    with pytest.raises(RunnerError, match=r"3 of 9 records .* chats/bad.json record 0: no known"):
+    with pytest.raises(RunnerError, match=r"3 of 9 records .*3 × no known .*bad\.json record 0"):
         apply(recipe)
 
 
@@ -224,9 +224,7 @@ def test_nothing_to_read_says_what_was_found_instead(tmp_path: Path) -> None:
     recipe = make(tmp_path, RECIPE, chats=0)
     (tmp_path / "chats").mkdir()
     (tmp_path / "chats" / "bad.json").write_text("[1]")
-    with pytest.raises(
-        PreconditionError, match=r"the first that is none: chats/bad\.json record 0"
-    ):
+    with pytest.raises(PreconditionError, match=r"1 × a record must be .*chats/bad\.json record 0"):
         apply(recipe)
 
 
@@ -314,3 +312,33 @@ def test_all_the_real_files_together_are_read_or_reported(tmp_path: Path) -> Non
         "sender",
         "sharegpt",
     }
+
+
+def test_a_failed_ingest_leaves_the_list_of_what_it_could_not_read(tmp_path: Path) -> None:
+    recipe = make(tmp_path, RECIPE + "    max_bad_fraction: 0.1\n")
+    (tmp_path / "chats" / "bad.json").write_text(json.dumps([{"shape": n} for n in range(9)]))
+    with pytest.raises(RunnerError) as failed:
+        apply(recipe)
+    listed = Path(failed.value.hint.removeprefix("all are listed in ").partition(";")[0])
+    assert len(rows(listed)) == 9
+
+
+def test_what_lies_beside_chats_in_an_export_is_not_bad(tmp_path: Path) -> None:
+    recipe = make(tmp_path, RECIPE + "    max_bad_fraction: 0.0\n", chats=1)
+    (tmp_path / "chats" / "photo.JPG").write_bytes(b"\xff\xd8")
+    (tmp_path / "chats" / "projects.json").write_text("[]")
+    with zipfile.ZipFile(tmp_path / "chats" / "export.zip", "w") as archive:
+        archive.writestr("users.json", '[{"uuid": "x", "full_name": "y"}]')
+        archive.writestr("chat.html", "<html>")
+    log: list[dict[str, Any]] = []
+    apply(recipe, log.append)
+    assert metrics(log)["rejected"] == 0
+    assert metrics(log)["left_out"] == 4
+
+
+def test_a_spreadsheet_says_what_to_save_it_as(tmp_path: Path) -> None:
+    recipe = make(tmp_path, RECIPE, chats=1)
+    (tmp_path / "chats" / "data.csv").write_text("question,answer\n")
+    apply(recipe)
+    (rejected,) = rows(output(tmp_path) / "rejected.jsonl")
+    assert rejected["reason"] == "is a table; save it as JSON Lines or Parquet"

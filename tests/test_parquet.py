@@ -76,11 +76,11 @@ def test_a_text_that_is_null_stays() -> None:
 
 def test_without_a_known_column_the_error_lists_them() -> None:
     with pytest.raises(UnknownColumns) as caught:
-        list(rows(io.BytesIO(written({"sentence": ["a"], "level": ["b"]})), name="t.parquet"))
+        list(rows(io.BytesIO(written({"sentence": ["a"], "level": ["b"]}))))
     error = caught.value
     assert isinstance(error, PreconditionError)
     assert error.message == (
-        "t.parquet has no column 'text' and none of a chat; its columns are sentence, level"
+        "has no column 'text' and none of a chat; its columns are sentence, level"
     )
     assert error.hint == "set `text_column:` to the one that holds the text"
     assert error.columns == ("sentence", "level")

@@ -72,6 +72,8 @@ class Refused:
 
     reason: str
     name: str = ""
+    passed_over: bool = False
+    """Nothing is wrong with it: it is just no data."""
 
 
 class _Damaged(Exception):
@@ -114,7 +116,7 @@ def members(archive: Path | BinaryIO) -> Iterator[Member | Refused]:
             member = Member(name, info.file_size, info, listed, metered)
             yield Refused(reason, name) if reason else member
     if others:
-        yield Refused(_passed_over(others))
+        yield Refused(_passed_over(others), passed_over=True)
 
 
 def _list(archive: _Metered) -> ZipFile:

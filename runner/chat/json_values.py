@@ -65,6 +65,8 @@ class Broken:
 
     reason: str
     line: int | None = None
+    understood: bool = False
+    """Nothing is wrong: there is only nothing in it."""
 
 
 def values(
@@ -150,7 +152,7 @@ def _several(window: Window, index: int) -> Iterator[Value | Broken]:
             if not found:
                 return
             if was == index == 0 and not window.skip(_BLANK):
-                yield Broken("is an empty list")
+                yield Broken("is an empty list", understood=True)
             continue
         try:
             yield Value(json_parser.value(window), index)

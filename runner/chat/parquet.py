@@ -62,25 +62,23 @@ class UnknownColumns(PreconditionError):
         self.columns = tuple(columns)
 
 
-def rows(
-    file: Path | BinaryIO, text_column: str | None = None, *, name: str = "the table"
-) -> Iterator[Value | Broken]:
+def rows(file: Path | BinaryIO, text_column: str | None = None) -> Iterator[Value | Broken]:
     """The rows in order, as plain data that JSON can hold; a damaged file ends in a `Broken`.
 
     With `text_column` a row is a document: `{"text": ...}` and its other columns, but for another
     one called text. Else the row is what it is, if it has a column `text` or one of a chat; if
-    not, `UnknownColumns` is raised, which calls the file `name`. Fields that are null are left
+    not, `UnknownColumns` is raised. Fields that are null are left
     out, because a table has every field in every row; `text` stays.
     """
     import pyarrow as pa
 
     if isinstance(file, Path):
         with file.open("rb") as opened:
-            yield from rows(opened, text_column, name=name)
+            yield from rows(opened, text_column)
         return
     index = 0
     try:
-        for batch in _batches(_seekable(file), text_column, name):
+        for batch in _batches(_seekable(file), text_column):
             for row in _plain_rows(batch, index):
                 yield row if isinstance(row, Broken) else Value(row, index)
                 index += 1
@@ -106,7 +104,7 @@ def _seekable(file: BinaryIO) -> BinaryIO:
     return held
 
 
-def _batches(file: BinaryIO, text_column: str | None, name: str) -> Iterator[Any]:
+def _batches(file: BinaryIO, text_column: str | None) -> Iterator[Any]:
     """Record batches of the columns that count, the text called `text`."""
     import pyarrow.parquet as pq
 
@@ -123,7 +121,7 @@ def _batches(file: BinaryIO, text_column: str | None, name: str) -> Iterator[Any
     if twice := [column for column, count in Counter(columns).items() if count > 1]:
         raise Unreadable(f"has the column {twice[0]!r} twice")
     columns = [column for column in columns if not _PANDAS_INDEX.fullmatch(column)]
-    _check_columns(columns, text_column, name)
+    _check_columns(columns, text_column)
     if text_column:  # another column called text would be in its way
         columns = [text_column, *(c for c in columns if c not in (text_column, "text"))]
     for group in range(table.num_row_groups):
@@ -137,18 +135,18 @@ def _batches(file: BinaryIO, text_column: str | None, name: str) -> Iterator[Any
             yield ordered.rename_columns(["text", *columns[1:]]) if text_column else ordered
 
 
-def _check_columns(columns: Sequence[str], text_column: str | None, name: str) -> None:
+def _check_columns(columns: Sequence[str], text_column: str | None) -> None:
     listed = (", ".join(columns[:20]) + (", …" if len(columns) > 20 else "")) or "none"
     if text_column:
         if text_column not in columns:
             raise UnknownColumns(
-                f"{name} has no column {text_column!r}; its columns are {listed}",
+                f"has no column {text_column!r}; its columns are {listed}",
                 columns,
                 hint="set `text_column:` to the one that holds the text",
             )
     elif "text" not in columns and not CHAT_COLUMNS.intersection(columns):
         raise UnknownColumns(
-            f"{name} has no column 'text' and none of a chat; its columns are {listed}",
+            f"has no column 'text' and none of a chat; its columns are {listed}",
             columns,
             hint="set `text_column:` to the one that holds the text",
         )

@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import file_digest, sha256
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal
 
@@ -110,7 +110,7 @@ class Ingest(Stage):
         shutil.rmtree(scratch)
         good = sum(len(part.ids) for part in parts)
         bad = sum(part.bad for part in parts)
-        refuse_bad(good, bad, dirs.output / "rejected.jsonl", self.max_bad_fraction)
+        refuse_bad(good, dirs.output / "rejected.jsonl", dirs.scratch, self.max_bad_fraction)
         return {
             "files": len(parts),
             "read": len(new),
@@ -401,37 +401,46 @@ def _line(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
-def refuse_bad(good: int, bad: int, rejected: Path, max_bad_fraction: float) -> None:
+def refuse_bad(good: int, rejected: Path, scratch: Path, max_bad_fraction: float) -> None:
     """Raises when nothing could be read, or less than the recipe allows.
 
-    What was read right but says nothing counts for neither.
+    What was read right but says nothing counts for neither. The list of what was rejected is then
+    kept in `scratch`, because the output is not.
     """
+    reasons: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for record in jsonl.read(rejected):
+        if good and "understood" in record:
+            continue
+        reasons[record["reason"]] += 1
+        first.setdefault(record["reason"], f"{record['path']}{_place(record)}")
+    bad = reasons.total()
     if good and bad <= max_bad_fraction * (good + bad):
         return
-    first = _first(rejected)
-    if good == 0:
+    if not reasons:
+        raise PreconditionError("ingest: no conversation in the sources", hint=_READABLE)
+    scratch.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(rejected, scratch / rejected.name)
+    what = "; ".join(
+        f"{count} × {reason} (first in {first[reason]})" for reason, count in reasons.most_common(3)
+    )
+    more = f"; and {len(reasons) - 3} other reasons" if len(reasons) > 3 else ""
+    listed = f"all are listed in {scratch / rejected.name}"
+    if not good:
         raise PreconditionError(
-            f"ingest: no conversation in the sources; the first that is none: {first}"
-            if first
-            else "ingest: no conversation in the sources",
-            hint="the README lists what can be read; `format:` forces one format",
+            f"ingest: no conversation in the sources: {what}{more}", hint=f"{listed}; {_READABLE}"
         )
     raise RunnerError(
-        f"ingest: {bad} of {good + bad} records cannot be read, more than the "
-        f"max_bad_fraction of {max_bad_fraction}; the first: {first}",
-        hint="mend or move the files, or raise max_bad_fraction",
+        f"ingest: {bad} of {good + bad} records cannot be read, more than the max_bad_fraction of "
+        f"{max_bad_fraction}: {what}{more}",
+        hint=f"{listed}; mend or move the files, or raise max_bad_fraction",
     )
 
 
-def _first(rejected: Path) -> str:
-    """The first bad record, or if there is none the first that says nothing, in words."""
-    records = list(islice(jsonl.read(rejected), 100_000))
-    record = next((r for r in records if "understood" not in r), records[0] if records else None)
-    if record is None:
-        return ""
-    place = ""
+_READABLE = "docs/data.md lists what can be read; `format:` forces one format"
+
+
+def _place(record: Mapping[str, Any]) -> str:
     if "line" in record:
-        place = f"line {record['line']}: "
-    elif "index" in record:
-        place = f"record {record['index']}: "
-    return f"{record['path']} {place}{record['reason']}"
+        return f" line {record['line']}"
+    return f" record {record['index']}" if "index" in record else ""

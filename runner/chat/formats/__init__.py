@@ -85,6 +85,9 @@ FORMATS: dict[str, Format] = {
 }
 
 
+UNKNOWN = "no known format"
+
+
 def read(
     path: str, items: Iterable[Value | Broken], format: str, options: Options
 ) -> Iterator[Conversation | Rejected]:
@@ -95,7 +98,7 @@ def read(
     together: dict[str, list[Value]] = {}
     for item in items:
         if isinstance(item, Broken):
-            yield Rejected(path, item.reason, line=item.line)
+            yield Rejected(path, item.reason, line=item.line, understood=item.understood)
             continue
         name = _format_of(item.value, format, options)
         if isinstance(name, Unreadable):
@@ -125,7 +128,7 @@ def _format_of(record: object, format: str, options: Options) -> str | Unreadabl
     if fits:
         return Unreadable(f"fits {' and '.join(fits)}; say which with `format:`")
     keys = ", ".join(repr(key) for key in list(record)[:6]) or "none"
-    wanted = "no known format" if format == "auto" else f"not in the format {format!r}"
+    wanted = UNKNOWN if format == "auto" else f"not in the format {format!r}"
     return Unreadable(f"{wanted}; its keys are {keys}")
 
 
