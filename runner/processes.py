@@ -8,7 +8,10 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
+
+from runner.errors import RunnerError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -23,10 +26,16 @@ def mapped(work: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Re
         min(len(tasks), cores()),
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_begin,
+        initargs=(os.getpid(),),
     )
     try:
         for done in as_completed([pool.submit(work, task) for task in tasks]):
             yield done.result()
+    except BrokenProcessPool:
+        raise RunnerError(
+            "a process that was reading was killed, as the system does when memory runs out",
+            hint="run the same command again; close other programs if it happens again",
+        ) from None
     except BaseException:
         for child in multiprocessing.active_children():
             child.terminate()
@@ -42,15 +51,17 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def die_with_parent() -> None:
-    """On Linux: SIGTERM when the parent dies, so that nothing goes on unseen."""
+def die_with_parent(parent: int) -> None:
+    """On Linux: SIGTERM when the process `parent`, which started this one, dies or has died."""
     if sys.platform == "linux":
         import ctypes
 
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        if os.getppid() != parent:
+            sys.exit(signal.SIGTERM)
 
 
-def _begin() -> None:
+def _begin(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches us all: the parent decides
-    die_with_parent()
+    die_with_parent(parent)

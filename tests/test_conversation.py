@@ -45,8 +45,16 @@ def test_the_hash_tells_where_a_message_ends() -> None:
 
 
 def test_a_reply_belongs_to_the_question_before_it() -> None:
-    roles = ["system", "assistant", "user", "tool", "assistant", "assistant", "user"]
-    assert replies([{"role": role, "content": "x"} for role in roles]) == [(2, 4)]
+    roles = ["system", "assistant", "user", "tool", "assistant", "user", "user", "assistant"]
+    assert replies([{"role": role, "content": "x"} for role in roles]) == [(2, 4), (6, 7)]
+
+
+def test_the_reply_is_what_is_said_after_the_last_call_of_a_tool() -> None:
+    roles = ["user", "assistant", "tool", "assistant", "tool", "assistant", "user", "assistant"]
+    assert replies([{"role": role, "content": "x"} for role in roles]) == [(0, 5), (6, 7)]
+    said = [{"role": role, "content": "x"} for role in roles[:6]]
+    said[5]["weight"] = 0  # type: ignore[assignment]
+    assert replies(said) == []
 
 
 def test_a_reply_without_text_does_not_end_the_exchange() -> None:

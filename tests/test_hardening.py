@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from runner import processes
 from runner.chat import files
 from runner.engine import store
 from runner.engine.workspace import Workspace
@@ -324,3 +325,36 @@ def test_a_file_that_never_rests_is_said(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(RunnerError, match="keeps changing while it is read"):
         planned(recipe)
     shutil.rmtree(tmp_path / "chats")
+
+
+def test_a_damaged_output_is_made_again_before_it_is_read(tmp_path: Path) -> None:
+    recipe = make(tmp_path)
+    apply(recipe)
+    ingested = planned(recipe)["ingest"].output
+    assert ingested is not None
+    path = store.path_of(Workspace(tmp_path), ingested) / "conversations.jsonl"
+    whole = path.read_bytes()
+    damages = (whole[: len(whole) // 2], whole.replace(b"chat 1", b"chat X"), None)
+    for number, damage in enumerate(damages):
+        path.unlink()
+        if damage is not None:
+            path.write_bytes(damage)
+        turns = f"conversational\n    sliding_turns: [{2 * number + 2}]"
+        recipe.write_text(DATA_RECIPE.replace("conversational", turns))
+        apply(recipe)
+        assert path.read_bytes() == whole
+
+
+def test_a_link_that_leads_to_itself_is_passed_over(tmp_path: Path) -> None:
+    recipe = make(tmp_path)
+    (tmp_path / "chats" / "self.json").symlink_to(tmp_path / "chats" / "self.json")
+    apply(recipe)
+
+
+def test_a_reader_that_is_killed_is_a_sentence() -> None:
+    with pytest.raises(RunnerError, match="a process that was reading was killed"):
+        list(processes.mapped(kill_myself, [1, 2]))
+
+
+def kill_myself(task: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -228,17 +228,19 @@ class Ids:
 def replies(messages: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
     """(user message, reply) as indices into `messages`, one for each reply that answers a user.
 
-    What stands between the two (tool calls and their results) belongs to the exchange. A leading
-    assistant message answers nobody and a trailing user message has no answer: neither is in the
-    list, nor is a reply with weight 0 or without text.
+    The reply is the last text of the assistant before the user speaks again: what it said while it
+    called tools, and their results, belong to the exchange. A leading assistant message answers
+    nobody and a trailing user message has no answer: neither is in the list, nor is a reply with
+    weight 0.
     """
     found: list[tuple[int, int]] = []
     asked: int | None = None
-    for index, message in enumerate(messages):
+    said: int | None = None
+    for index, message in enumerate([*messages, {"role": "user"}]):
         if message["role"] == "user":
-            asked = index
-        elif message["role"] == "assistant" and asked is not None and message["content"].strip():
-            if message.get("weight") != 0:
-                found.append((asked, index))
-            asked = None
+            if asked is not None and said is not None and messages[said].get("weight") != 0:
+                found.append((asked, said))
+            asked, said = index, None
+        elif message["role"] == "assistant" and message["content"].strip():
+            said = index
     return found

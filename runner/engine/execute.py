@@ -126,7 +126,7 @@ def _run(
                 try:
                     _stages(current, planned, log, folder)
                     break
-                except _SourcesChanged as changed:
+                except _PlanAgain as changed:
                     if attempt == REPLANS - 1:
                         raise changed.error from None
                     planned = current.plan()
@@ -151,7 +151,9 @@ def _run(
                 events.write_metrics_csv(folder / "events.jsonl", folder / "metrics.csv")
 
 
-class _SourcesChanged(Exception):
+class _PlanAgain(Exception):
+    """What the plan was made from is not as it was."""
+
     def __init__(self, error: RunnerError) -> None:
         super().__init__(error.message)
         self.error = error
@@ -172,11 +174,31 @@ def _stages(
             _commit(current, planned)
             log.add({"event": "stage_skipped", "stage": step.name, "output": planned.output})
         else:
+            _check_inputs(current, planned, done)
             try:
                 planned = _stage(current, planned, done, log, folder)
             except SourceChanged as error:
-                raise _SourcesChanged(error) from error
+                raise _PlanAgain(error) from error
         done[step.name] = planned
+
+
+def _check_inputs(current: Opened, planned: plan.Planned, done: dict[str, plan.Planned]) -> None:
+    """Compares what the stage will read with its hash, so that no damage becomes a fact.
+
+    A damaged output is removed, so that the next plan makes it again; a trained model never is.
+    """
+    for name in planned.step.inputs.values():
+        output = done[name].output or ""
+        path = store.path_of(current.workspace, output)
+        if store.content_hash(path) == output:
+            continue
+        if not done[name].step.rebuilds:
+            raise PreconditionError(
+                f"the output of {name} is damaged: {path}",
+                hint="put it back from a copy, or delete the folder and apply again to train anew",
+            )
+        disk.remove(path)
+        raise _PlanAgain(RunnerError(f"the output of {name} was damaged and is made again"))
 
 
 def _stage(

@@ -178,7 +178,7 @@ def source_files(step: Step, world: World) -> tuple[SourceFile, ...]:
         )
     hashes = world.state.hashes(found)
     files = (SourceFile(p, workspace.named(root, p), hashes[p]) for p in found)
-    return tuple(sorted(files, key=lambda file: file.name))
+    return tuple(sorted(files, key=lambda file: (file.name, file.path)))
 
 
 def base_identity(spec: str | None, root: Path, locked: lock.Lock, state: State) -> str | None:

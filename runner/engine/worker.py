@@ -75,7 +75,7 @@ def main() -> NoReturn:
     """The child process."""
     events = os.fdopen(os.dup(1), "w", encoding="utf-8", newline="\n")
     os.dup2(2, 1)
-    processes.die_with_parent()
+    processes.die_with_parent(int(sys.argv[1]))
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
@@ -102,7 +102,7 @@ def main() -> NoReturn:
 
 
 def command() -> list[str]:
-    return [sys.executable, "-m", "runner.engine.worker"]
+    return [sys.executable, "-m", "runner.engine.worker", str(os.getpid())]
 
 
 def as_json(job: Job) -> str:

@@ -105,10 +105,17 @@ def _below(folder: str, without: str, links: list[str]) -> Iterator[str]:
             if entry.is_dir(follow_symlinks=False):
                 if not entry.name.startswith(".") and entry.path != without:
                     yield from _below(entry.path, without, links)
-            elif wanted(entry.name) and entry.is_file():
+            elif wanted(entry.name) and _is_file(entry):
                 if entry.is_symlink():
                     links.append(entry.path)
                 yield entry.path
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        return False  # a link that leads to itself
 
 
 def _globbed(root: Path, pattern: str) -> list[Path]:
