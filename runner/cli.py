@@ -356,6 +356,9 @@ def _export_data(options: argparse.Namespace) -> int:
     lost: export_data.Lost = export_data.Lost()
     with execute.opened(options.recipe, options.workspace) as current:
         counts = export_data.write(current, options.shape, options.to, lost)
+        planned = current.plan()
+    last = max(n for n, step in enumerate(planned) if step.step.kind == "split")
+    stale = [step.step.name for step in planned[: last + 1] if step.state != "skip"]
     if options.json:
         written = [{"path": str(path), "windows": count} for path, count in counts.items()]
         _print_json({"shape": options.shape, "written": written, "lost": dict(lost)})
@@ -364,6 +367,9 @@ def _export_data(options: argparse.Namespace) -> int:
         print(f"wrote {path}: {count} window{'' if count == 1 else 's'}")
     for text in export_data.words(lost):
         print(text)
+    if stale:
+        names = ", ".join(stale)
+        print(f"this is what was made last: `runner apply` would run {names}", file=sys.stderr)
     return 0
 
 

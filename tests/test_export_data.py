@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -209,3 +211,14 @@ def test_chains_without_their_conversation_are_an_error() -> None:
     chain = {"conversation": "gone", "first": 0, "weights": {"1": 1}}
     with pytest.raises(RunnerError, match="windows of a conversation 'gone'"):
         list(export_data.windows([chain], [], every_reply=False))
+
+
+def test_an_export_of_what_is_no_longer_current_says_so(tmp_path: Path) -> None:
+    recipe = make(tmp_path)
+    apply(recipe)
+    command = [sys.executable, "-m", "runner", "export-data", str(recipe), "--to", str(tmp_path)]
+    fresh = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert fresh.stderr == ""
+    recipe.write_text(recipe.read_text().replace("0.2", "0.4"))
+    stale = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert stale.stderr == "this is what was made last: `runner apply` would run split\n"

@@ -40,7 +40,7 @@ TRAITS = ("unstable_conversations", "system_folded", "refused_conversations")
 
 Metrics = dict[str, float | int | str]
 
-_PART_CHARS = 4_000_000
+_PART_CHARS = 32_000_000
 _BATCH_TOKENS = 1_000_000
 
 
