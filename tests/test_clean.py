@@ -13,9 +13,11 @@ from pydantic import ValidationError
 from runner.chat import jsonl, leftovers
 from runner.chat.conversation import Ids, content_hash
 from runner.chat.normal import normalised
-from runner.errors import RunnerError
+from runner.engine import recipe as recipes
+from runner.errors import RecipeError, RunnerError
 from runner.stages import parsed
 from runner.stages.stage import Dirs
+from runner.stages.window import windows
 from tests import workspaces
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -130,8 +132,24 @@ def test_what_says_nothing_is_dropped_with_its_place(tmp_path: Path) -> None:
 
 
 def test_nothing_left_is_an_error_with_the_reasons(tmp_path: Path) -> None:
-    with pytest.raises(RunnerError, match=r"none of 2 conversations is left \(2 too_short\)"):
+    with pytest.raises(RunnerError, match=r"none of 2 conversations is left \(2 too short\)"):
         clean(tmp_path, chat("q", "a"), chat("q", "b"), min_reply_chars=5)
+
+
+def test_nothing_left_names_three_rules_and_leaves_the_list(tmp_path: Path) -> None:
+    recipe = {"min_reply_chars": 2, "max_reply_chars": 5, "secrets": "drop", "refusals": "drop"}
+    refused = chat("q", "No way"), chat("q", "No way!")
+    short = [chat(f"q{n}", "a") for n in range(3)]
+    records = [*short, chat(KEY, "fine"), *refused, chat("\u200b", "\u200b")]
+    with pytest.raises(RunnerError) as caught:
+        clean(tmp_path, *records, **recipe)
+    words = "none of 7 conversations is left (3 too short, 2 too long, 1 empty, …)"
+    assert caught.value.message == f"clean: {words}"
+    listed = tmp_path / "scratch" / "dropped.jsonl"
+    assert str(listed) in caught.value.hint
+    rules = [record["rule"] for record in jsonl.read(listed)]
+    assert sorted(set(rules)) == ["empty", "secrets", "too_long", "too_short"]
+    assert [path.name for path in listed.parent.iterdir()] == [listed.name]
 
 
 # Normalisation
@@ -258,6 +276,101 @@ def test_kept_duplicates_are_numbered(tmp_path: Path) -> None:
     assert found.metrics["exact_duplicates"] == 1
 
 
+def test_repeats_are_one_number(tmp_path: Path) -> None:
+    metrics = clean(tmp_path, chat("q", "a"), chat("q", "a")).metrics
+    assert [name for name in metrics if "duplicate" in name] == ["dropped_exact_duplicate"]
+
+
+def test_a_chat_that_has_grown_goes_and_the_longest_stays(tmp_path: Path) -> None:
+    found = clean(
+        tmp_path,
+        chat("q", "a", "q2"),
+        chat("q", "a", "q2", "a2"),
+        chat("q", "a", "q2", "a2", "q3", "a3"),
+        chat("q", "a"),
+        chat("q", "another"),
+        chat("x", "y"),
+    )
+    assert [record["source"]["index"] for record in found.kept] == [2, 4, 5]
+    longest = found.given[2]["id"]
+    assert {record["text"] for record in found.dropped} == {
+        f"it is the beginning of conversation {longest}, which goes on (chats/a.json record 2)"
+    }
+    assert found.rules() == ["grown"] * 3
+    assert found.metrics["dropped_grown"] == 3
+    assert found.scratch == []
+
+
+def test_of_equally_long_later_versions_the_first_is_named(tmp_path: Path) -> None:
+    found = clean(tmp_path, chat("q", "a"), chat("q", "a", "x", "b"), chat("q", "a", "y", "c"))
+    assert found.given[1]["id"] in found.dropped[0]["text"]
+    assert len(found.kept) == 2
+
+
+def test_the_windows_of_a_chat_that_has_grown_are_all_in_the_longer_one(tmp_path: Path) -> None:
+    texts = [f"text {n}" for n in range(14)]
+    every = [chat(*texts[:end]) for end in range(2, 15, 2)]
+
+    def said(records: list[Record]) -> set[tuple[str, ...]]:
+        return {
+            tuple(contents(record)[2 * first : 2 * last + 2])
+            for record in records
+            for first, last in windows(len(record["messages"]) // 2, True, True, (4, 8))
+        }
+
+    (longest,) = clean(tmp_path, *every).kept
+    assert said(every) == said([longest])
+
+
+def test_only_the_whole_of_a_conversation_with_a_reply_is_a_beginning(tmp_path: Path) -> None:
+    longer = [say("user", "q"), say("assistant", "a"), say("user", "q2"), say("assistant", "a2")]
+    unlearned = {"messages": [say("user", "q"), say("assistant", "a"), *longer[2:]]}
+    unlearned["messages"][1] = say("assistant", "w", weight=0)
+    found = clean(
+        tmp_path,
+        {"messages": longer},
+        chat("q"),
+        chat("q", "a!"),
+        {"messages": [say("system", "s"), *longer[:2]]},
+        unlearned,
+        chat("q", "w"),
+        chat("q", "a", label=True),
+        preference("q", "a", "b"),
+        {"text": "q"},
+        {"text": "q a"},
+    )
+    assert found.dropped == []
+
+
+def test_a_beginning_stays_where_the_longer_one_goes(tmp_path: Path) -> None:
+    records = [chat("q", "a"), chat("q", "a", f"write to {MAIL}", "a2")]
+    found = clean(tmp_path, *records, personal_data="drop")
+    assert [record["source"]["index"] for record in found.kept] == [0]
+
+
+def test_a_beginning_stays_where_duplicates_are_kept(tmp_path: Path) -> None:
+    records = [chat("q", "a"), chat("q", "a", "q2", "a2")]
+    assert len(clean(tmp_path, *records, exact_duplicates="keep").kept) == 2
+
+
+def test_of_near_duplicates_the_longest_stays(tmp_path: Path) -> None:
+    pytest.importorskip("rensa")
+    words = [f"слово{n}" for n in range(300)]
+    first, second = " ".join(words[:280]), " ".join(words)
+    found = clean(
+        tmp_path,
+        chat("q", f"so {first}"),
+        chat("q", f"но {second}"),
+        chat("q", f"ну {second}"),
+        chat("q", " ".join(words[:290])),
+        near_duplicates=0.8,
+    )
+    assert [record["source"]["index"] for record in found.kept] == [1]
+    assert found.rules() == ["near_duplicate"] * 3
+    stays = found.given[1]["id"]
+    assert all(f"as conversation {stays} " in record["text"] for record in found.dropped)
+
+
 def test_near_duplicates_go_across_files(tmp_path: Path) -> None:
     pytest.importorskip("rensa")
     words = [f"слово{n}" for n in range(200)]
@@ -297,10 +410,32 @@ def test_other_languages_are_dropped_by_the_replies(tmp_path: Path) -> None:
     assert found.dropped[0]["text"] == "its replies are in 'de'"
 
 
-def test_an_unknown_language_is_an_error(tmp_path: Path) -> None:
-    pytest.importorskip("py3langid")
-    with pytest.raises(RunnerError, match="no language has the code 'xx'"):
-        clean(tmp_path, chat("q", "a"), languages=["xx"])
+@pytest.mark.parametrize(
+    ("entry", "sentence"),
+    [
+        (
+            "languages: [ru, russian]",
+            "languages in clean has 'russian', which is no code of a language that can be told; "
+            "did you mean 'ru'?",
+        ),
+        (
+            "near_duplicates: 80",
+            "near_duplicates in clean must be 'keep', or more than 0 and at most 1, not 80; "
+            "80 % is 0.8",
+        ),
+        (
+            "near_duplicates: drop",
+            "near_duplicates in clean must be 'keep', or more than 0 and at most 1, not 'drop'",
+        ),
+    ],
+)
+def test_a_wrong_value_is_one_sentence_when_the_recipe_is_checked(
+    entry: str, sentence: str
+) -> None:
+    text = f"name: r\nstages:\n  - {{stage: ingest, sources: [x]}}\n  - stage: clean\n    {entry}\n"
+    with pytest.raises(RecipeError) as caught:
+        recipes.compile(text.encode(), "r.yaml")
+    assert caught.value.message == f"r.yaml:5: {sentence}"
 
 
 # Place-holders, refusals, templates
@@ -366,6 +501,25 @@ def test_refusals_are_told_by_their_phrases(text: str) -> None:
 
 def test_a_story_may_have_a_refusal_in_it() -> None:
     assert leftovers.refusal("Long ago " * 50 + "\"I'm sorry, but I can't,\" he said.") == ""
+
+
+def test_replacements_without_a_place_are_named_in_one_warning(tmp_path: Path) -> None:
+    fills = {"name": "Aria", "Name": "Aria", "[Your Team]": "us", "[Team]": "us"}
+    found = clean(tmp_path, chat("q", "I am {{name}}, [Team]."), replacements=fills)
+    assert found.words("warning") == [
+        "there is nothing to fill in for 'Name' or '[Your Team]' of `replacements:`; "
+        "letter case matters"
+    ]
+
+
+def test_instructions_that_nothing_begins_with_are_named_in_one_warning(tmp_path: Path) -> None:
+    texts = ("Сократи", "Сократи текст", "сократи", "Сожми")
+    instructions = [{"text": text, "variants": ["Кратко"]} for text in texts]
+    found = clean(tmp_path, chat("Сократи текст!", "a"), instructions=instructions)
+    assert found.words("warning") == [
+        "no first user message that is kept begins with 'Сожми' or 'сократи' of `instructions:`; "
+        "letter case matters"
+    ]
 
 
 def test_refusals_are_dropped_where_that_is_asked(tmp_path: Path) -> None:
@@ -555,7 +709,7 @@ def test_the_statistics_can_be_read(tmp_path: Path) -> None:
     (row,) = stage.rows(found.output, "statistics")
     assert json.loads(row)["exact_duplicates"] == 1
     assert json.loads(row)["verdict"] == found.words("verdict")[0]
-    assert found.words("verdict")[0].startswith("1 replies to learn from: 1,000 are advised")
+    assert found.words("verdict")[0].startswith("1 reply to learn from: 1,000 are advised")
 
 
 TEXTS = st.sampled_from(

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.chat.languages import foreign, scripts
+from runner.chat.languages import CODES, foreign, refuse_unknown, scripts
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 RU_EN = frozenset({"ru", "en"})
@@ -42,6 +42,39 @@ def test_russian_novels_are_russian() -> None:
         text = path.read_text(encoding="utf-8")
         pieces = [text[at : at + 300] for at in range(20_000, 80_000, 300)]
         assert sum(foreign(piece, RU_EN) != "" for piece in pieces) == 0
+
+
+def test_the_known_codes_are_those_of_the_library() -> None:
+    langid = pytest.importorskip("py3langid.langid")
+    model = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE)
+    assert frozenset(model.labels) == CODES
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        ("rus", "did you mean 'ru'?"),
+        ("Russian", "did you mean 'ru'?"),
+        ("русский", "did you mean 'ru'?"),
+        ("eng", "did you mean 'en'?"),
+        ("english", "did you mean 'en'?"),
+        ("EN", "did you mean 'en'?"),
+        ("pt-BR", "did you mean 'pt'?"),
+        ("xx", "codes are like 'ru', 'en', 'de' or 'zh'"),
+        ("", "codes are like 'ru', 'en', 'de' or 'zh'"),
+    ],
+)
+def test_an_unknown_code_is_refused_with_what_may_be_meant(code: str, advice: str) -> None:
+    with pytest.raises(ValueError, match="which is no code of a language") as caught:
+        refuse_unknown(code)
+    assert str(caught.value).startswith(f"has {code!r}, ")
+    assert str(caught.value).endswith(advice)
+
+
+def test_a_very_long_code_is_cut() -> None:
+    with pytest.raises(ValueError, match="no code") as caught:
+        refuse_unknown("x" * 10_000)
+    assert len(str(caught.value)) < 200
 
 
 def test_scripts_are_counted_by_letters() -> None:

@@ -50,6 +50,21 @@ SECRET_SAMPLES = {
         "postgres://user:hunter2@db.host:5432/x",
         "https://me:p%40ss@example.com/",
         "redis://:hunter2@localhost",
+        "password: Qwerty123!",
+        "password=Qwerty123",
+        "Password: hunter2",
+        "PASSWORD : hunter2",
+        "DB_PASSWORD=s3cr3tPass99",
+        "пароль: Qwerty123",
+        "Пароль: kotik2015",
+        "ПАРОЛЬ: «kotik2015»",
+        "pwd: p@ssw",
+        "passwd = 'Zx!cv'",
+        "**Password:** `hunter2`",
+        "https://host.ru/login?password=abc123&user=me",
+        "Server=x;Pwd=Qwerty1;Timeout=30",
+        '{"password": "Qwerty123"}',
+        '{\\"password\\": \\"Qwerty123\\"}',
     ],
     "email": [
         "anna.k+x@mail.ru",
@@ -76,6 +91,40 @@ SECRET_SAMPLES = {
         "415-555-2671",
         "+380 44 123 45 67",
         "+14155552671",
+        "тел. 123-45-67",
+        "Телефон: 2-34-56",
+        "тел.: (495) 123-45-67",
+        "тел. 1234567",
+        "phone: 555-0123",
+        "ТЕЛ. 12 34 56",
+    ],
+    "account": [
+        "40817810099910004312",
+        "р/с 40702 810 9 0000 0000001",
+        "40817840100000000001",
+        "счёт № 42301978000000000012",
+        "к/с 30101810400000000225",
+    ],
+    "snils": [
+        "112-233-445 95",
+        "СНИЛС 11223344595",
+        "СНИЛС: 112 233 445 95",
+        "снилс № 112-233-44595",
+    ],
+    "inn": [
+        "ИНН 7707083893",
+        "ИНН: 500100732259",
+        "ИНН/КПП 7707083893/773601001",
+        "ИНН истца 500100732259",
+        "инн 7707083893",
+    ],
+    "passport": [
+        "паспорт 45 08 123456",
+        "паспорт серии 4508 № 123456",
+        "Паспорт гражданина РФ: серия 45 08 номер 123456",
+        "паспортные данные: 4508 123456",
+        "ПАСПОРТ 4508123456",
+        "загранпаспорт 75 № 1234567",
     ],
     "card": [
         "4111 1111 1111 1111",
@@ -109,7 +158,23 @@ def test_each_kind_is_found_once_among_words(kind: str, text: str) -> None:
         "a @ b, @name, x@y, decorators like @property.setter",
         "8.9123456789 and 3.14159265358979 and 12345678901",
         "2022-10-11 10:20:30, 12.10.2024, 192.168.100.200, 10:45:12",
-        "ИНН 7707083893, КПП 773601001, ОГРН 1027700132195",
+        "КПП 773601001, ОГРН 1027700132195, ОГРНИП 304500116000157",
+        "ИНН 7707083894, ИНН 500100732258, телефонный 7707083893",
+        "УИД 77RS0001-01-2023-000001-23, КБК 18210803010011050110, дело № 2-1234/2023",
+        "УИН 18810177230512345678, казначейский счёт 03100643000000017300",
+        "112-233-445 96, СНИЛС 11223344596, 000-000-000 00, 123-456-789 01",
+        "паспорт выдан 12.10.2004, паспорт сделки № 12040001/1481/1948/9/1, 4508 123456",
+        "паспорт транспортного средства 78 УХ 123456 от 2004 года",
+        "телефон за 150000 рублей, телефон 15 000 руб., тел. 112, отдел 123-45-67",
+        "Айфон 123-45-67, телефон от 12.10.2024, телефон 12-10-2024, тел 10:20:30",
+        "password: required, Password: Yes!, пароль: обязателен, password: string;",
+        "password: 8-character minimum, Пароль: 12-значный, password: must-be-set",
+        "password: <your_password1>, password=${DB_PASS1}, password: {{ pass1 }}, pwd: ****1",
+        "password = os.environ['DB_PASS1'], password=hash_password(p1), password=self.pass1",
+        "password=request.form.p1(x), PWD=/home/me/dir1, OLDPWD=a1b2c3, /etc/passwd:root:x:0:0",
+        "Password: https://host.ru/reset1 and passwd: files systemd; pwd: sha256",
+        "password: \u2022\u2022\u2022\u2022\u20221, password: [password], password=%s1",
+        "the password is in the safe since 2019; passwords: 12345678",
         "дело № А40-123456/2024, ст. 309, 310 ГК РФ, сумма 8 912 345,67 руб.",
         "+100 000 000 рублей, 5 000 000 000",
         "4111 1111 1111 1112 and 1234567890123456",
@@ -150,6 +215,23 @@ def test_arguments_that_are_json_stay_json() -> None:
     assert redacted_value('{"to":  "a@b.ru"}', ALL) == '{"to":  "[email]"}'
 
 
+def test_a_password_in_data_is_told_by_its_name() -> None:
+    value = {"DB_PASSWORD": "s3cr3tPass99", "password": "required", "pwd": None, "passage": "a1b2"}
+    assert list(in_value(value)) == ["password"]
+    assert redacted_value(value, ALL) == {**value, "DB_PASSWORD": "[password]"}
+    assert redacted_value(value, PERSONAL) == value
+
+
+def test_only_the_password_itself_is_written_over() -> None:
+    text = "(login: anna, Пароль: kotik2015, то есть 8 знаков)."
+    assert redacted(text, ALL) == "(login: anna, Пароль: [password], то есть 8 знаков)."
+
+
+def test_a_name_and_an_address_are_not_found() -> None:
+    text = "Иванов Иван Иванович, 101000, г. Москва, ул. Мясницкая, д. 26, кв. 5"
+    assert redacted(text, ALL) == text
+
+
 def test_an_escape_in_json_hides_nothing() -> None:
     assert redacted_value('["a\\u0040b.ru"]', ALL) == '["[email]"]'
 
@@ -186,6 +268,8 @@ def test_finds_lie_in_order_and_apart(text: str) -> None:
     [
         *("1", "1 ", "+1", "+1 ", "a@", "a.a@a.", "DE12", "://:", "a://b:", "eyJ.eyJ.", "bearer "),
         *("eyJaaaaaaaa", "eyJaaaaaaaa.eyJ", "sk-", "8 999 ", "(200) ", "4111 ", "123456789:", "gh"),
+        *("password:", "password: a1", "pwd=1;a=", "пароль", "тел. 1", "тел. 123 ", "телефон"),
+        *("ИНН ", "ИНН 1", "СНИЛС 112 ", "паспорт ", "паспорт 12 ", "40817 810 ", "1-", "112-233-"),
         *("aws_secret_key='", "-----BEGIN PRIVATE KEY-----", "a", "-", "-----BEGIN ", " "),
     ],
 )

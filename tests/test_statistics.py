@@ -51,6 +51,19 @@ def test_a_beginning_that_many_replies_share_is_found() -> None:
     assert added(*records).templates(0.9) == [("ends", "о и быстро", 14)][:0]
 
 
+def test_stretches_that_overlap_are_one_template() -> None:
+    closing = "Если остались вопросы, обращайтесь, я всегда рад помочь вам."
+    records = [chat("q", f"Ответ. Итог {n % 4}. {closing}") for n in range(40)]
+    assert len({r["messages"][1]["content"][-70:] for r in records}) == 4
+    assert [count for _, _, count in added(*records, chars=70).templates(0.05)] == [10]
+
+
+def test_a_beginning_and_an_end_apart_are_two_templates() -> None:
+    records = [chat("q", f"Конечно, помогу! {str(n) * 60} Обращайтесь ещё!") for n in range(9)]
+    places = [place for place, _, _ in added(*records, chars=15).templates(0.5)]
+    assert places == ["begins", "ends"]
+
+
 def test_a_few_copies_are_chance() -> None:
     assert added(*[chat("q", "the very same reply again")] * 4).templates(0.1) == []
 
@@ -65,6 +78,7 @@ def test_a_quoted_stretch_holds_no_half_of_a_secret() -> None:
 @pytest.mark.parametrize(
     ("examples", "words"),
     [
+        (1, "1 reply to learn from: "),
         (12, "12 replies to learn from: 1,000 are advised at least"),
         (1000, "enough to begin with"),
         (4000, "a good number"),
@@ -72,4 +86,22 @@ def test_a_quoted_stretch_holds_no_half_of_a_secret() -> None:
     ],
 )
 def test_the_advice_is_by_how_much_there_is(examples: int, words: str) -> None:
-    assert words in verdict(examples, "replies")
+    assert words in verdict(examples)
+
+
+def test_preferences_and_documents_are_no_replies() -> None:
+    better = [{"role": "assistant", "content": "good"}]
+    summary = added(
+        chat("q", chosen=better, rejected=better),
+        chat("q", "a", label=True),
+        {"text": "книга"},
+        chat("q", "a"),
+    ).summary()
+    assert [summary[name] for name in ("replies", "preferences", "documents")] == [1, 2, 1]
+
+
+def test_the_verdict_names_preferences_and_documents_by_themselves() -> None:
+    assert verdict(12, 3, 1).startswith(
+        "12 replies to learn from (and 3 preferences and 1 document, which make no windows): 1,000"
+    )
+    assert verdict(0, 1) == "no replies to learn from, but 1 preference, which makes no windows"

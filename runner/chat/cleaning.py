@@ -1,14 +1,17 @@
 """How conversations are cleaned: what is done to each, and what becomes of it.
 
-Every decision is about one conversation alone, or about what stood before it, so that cleaning
-streams: of texts that have passed only hashes stay in memory. A step takes a record and gives it
-back, changed perhaps, or a `Fault` for which it is dropped.
+Most decisions are about one conversation alone, or about what stood before it, so that cleaning
+streams: of texts that have passed only hashes stay in memory. What depends on later ones waits in a
+file meanwhile. A step takes a record and gives it back, changed perhaps, or a `Fault` for which it
+is dropped.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,6 +71,8 @@ class Tally:
     first: dict[str, str] = field(default_factory=dict)
     latest: dict[str, str] = field(default_factory=dict)
     """The last conversation with each kind of find, so that none counts twice."""
+    unused: dict[str, set[str]] = field(default_factory=dict)
+    """What the recipe names (`replacements`, `instructions`) and was found nowhere so far."""
 
     def report(self, what: str, record: Record, kinds: Iterable[str]) -> None:
         """A conversation in which something of these kinds was found and stays."""
@@ -80,7 +85,8 @@ class Tally:
         """The numbers; of single rules and kinds only those that occurred."""
         counts = self.counts
         always = ("conversations", "kept", "dropped", "changed")
-        rest = {name: counts[name] for name in sorted(counts) if name not in always}
+        said = (*always, *(["exact_duplicates"] if self.dropped["exact_duplicate"] else []))
+        rest = {name: counts[name] for name in sorted(counts) if name not in said}
         return {
             **{name: counts[name] for name in always},
             **{f"dropped_{rule}": count for rule, count in sorted(self.dropped.items())},
@@ -94,9 +100,13 @@ class Tally:
                 kinds, first = listed(self.finds[what]), self.first[what]
                 share_of = f"{self.counts[f'with_{what}']:,} of {self.counts['conversations']:,}"
                 yield (
-                    f"{what.replace('_', ' ')} in {share_of} conversations ({kinds}), "
+                    f"{spaced(what)} in {share_of} conversations ({kinds}), "
                     f"first in {first}; {advice}"
                 )
+        for what, advice in _UNUSED.items():
+            if names := sorted(self.unused.get(what, ())):
+                more = " and others" if len(names) > KINDS_SHOWN else ""
+                yield advice.format(" or ".join(map(_named, names[:KINDS_SHOWN])) + more)
         for where, stretch, count in numbers.templates(share)[:TEMPLATES_SHOWN]:
             yield (
                 f"{count:,} of {self.counts['kept']:,} conversations have a reply that {where} "
@@ -107,6 +117,7 @@ class Tally:
 
 TEMPLATES_SHOWN = 5
 KINDS_SHOWN = 6
+RULES_SHOWN = 3
 _ADVICE = {
     "placeholders": "`replacements:` fills them in, `placeholders: drop` learns no such reply",
     "refusals": "`refusals: drop` learns no such reply",
@@ -114,6 +125,13 @@ _ADVICE = {
     "personal_data": "`personal_data: redact` writes over it, `drop` leaves the conversations out",
     "control_marks": "they stay text, and are never read as control tokens",
 }
+_UNUSED = {
+    "replacements": "there is nothing to fill in for {} of `replacements:`; letter case matters",
+    "instructions": "no first user message that is kept begins with {} of `instructions:`; "
+    "letter case matters",
+}
+NAMED_MAX = 60
+"""Characters of a recipe's text that a message shows."""
 
 
 def counted(path: Path, tally: Tally, emit: Callable[[dict[str, Any]], None]) -> Iterator[Record]:
@@ -161,30 +179,98 @@ def repeats(outcomes: Iterable[Outcome], *, drop: bool, tally: Tally) -> Iterato
         yield outcome
 
 
+def without_grown(outcomes: Iterable[Outcome], scratch: Path) -> Iterator[Outcome]:
+    """Drops what is word for word the beginning of another conversation, as an export made earlier
+    has it: each of its windows is one of the longer conversation too.
+    """
+    prefixes = array("Q")  # of each conversation the hashes of its first message, first two, …
+    ends = array("Q")
+    whole: dict[int, int] = {}
+    places: list[tuple[str, str]] = []
+    waiting = scratch / "whole.jsonl"
+    for outcome in passing(outcomes, waiting):
+        if isinstance(outcome, Kept) and _may_grow(outcome.record):
+            prefixes.extend(_prefixes(outcome.record["messages"]))
+            if replies(outcome.record["messages"]):
+                whole[prefixes[-1]] = len(ends)
+            ends.append(len(prefixes))
+            places.append((outcome.id, place(outcome.record)))
+    longest: dict[int, tuple[int, int]] = {}  # the shorter → messages of the longest, which it is
+    start = 0
+    for number, end in enumerate(ends):
+        for prefix in prefixes[start : end - 1]:
+            shorter = whole.get(prefix)
+            if shorter is not None and longest.get(shorter, (0, 0))[0] < end - start:
+                longest[shorter] = (end - start, number)
+        start = end
+    said = {places[n][0]: places[longer] for n, (_, longer) in longest.items()}
+    for outcome in passed(waiting):
+        if isinstance(outcome, Kept) and outcome.id in said:
+            id, where = said[outcome.id]
+            text = f"it is the beginning of conversation {id}, which goes on ({where})"
+            outcome = dropped(outcome, Fault("grown", text))
+        yield outcome
+
+
+_sorted = json.JSONEncoder(sort_keys=True, check_circular=False)
+
+
+def _may_grow(record: Record) -> bool:
+    return bool(record.get("messages")) and "chosen" not in record and "label" not in record
+
+
+def _prefixes(messages: Sequence[Record]) -> Iterator[int]:
+    """A hash for each beginning of the messages, with all that belongs to a message."""
+    state = hashlib.blake2b(digest_size=8)
+    for message in messages:
+        state.update(_sorted.encode(message).encode())
+        yield int.from_bytes(state.digest(), "big")
+
+
 def without_near(
     outcomes: Iterable[Outcome], similarity: float, scratch: Path
 ) -> Iterator[Outcome]:
-    """Drops all but the first of each group of near duplicates; the texts wait in a file."""
+    """Drops all but the longest of each group of near duplicates, of equally long ones the first:
+    the last export of a chat that has grown holds what the earlier ones hold.
+    """
     from runner.chat import near
 
-    scratch.mkdir(parents=True, exist_ok=True)
     waiting = scratch / "judged.jsonl"
-    with waiting.open("w", encoding="utf-8", newline="\n") as out:
+    chars: dict[str, int] = {}
 
-        def texts() -> Iterator[tuple[str, str]]:
-            for outcome in outcomes:
-                out.write(line(vars(outcome)))
-                if isinstance(outcome, Kept):
-                    yield outcome.id, "\n".join(statistics.texts(outcome.record))
+    def texts() -> Iterator[tuple[str, str]]:
+        for outcome in passing(outcomes, waiting):
+            if isinstance(outcome, Kept):
+                text = "\n".join(statistics.texts(outcome.record))
+                chars[outcome.id] = len(text)
+                yield outcome.id, text
 
-        first_of = near.components(texts(), similarity)
-    for fields in jsonl.read(waiting):
-        outcome = Dropped(**fields) if "rule" in fields else Kept(**fields)
-        first = first_of.get(outcome.id, outcome.id)
-        if isinstance(outcome, Kept) and first != outcome.id:
-            text = f"it says almost the same as conversation {first} (similarity {similarity:g})"
+    first_of = near.components(texts(), similarity)
+    longest: dict[str, str] = {}
+    for id, first in first_of.items():
+        if chars[id] > chars[longest.setdefault(first, first)]:
+            longest[first] = id
+    for outcome in passed(waiting):
+        stays = longest[first_of[outcome.id]] if outcome.id in first_of else outcome.id
+        if isinstance(outcome, Kept) and stays != outcome.id:
+            text = f"it says almost the same as conversation {stays} (similarity {similarity:g})"
             outcome = dropped(outcome, Fault("near_duplicate", text))
         yield outcome
+
+
+def passing(outcomes: Iterable[Outcome], waiting: Path) -> Iterator[Outcome]:
+    """The outcomes, which are written to a file meanwhile."""
+    waiting.parent.mkdir(parents=True, exist_ok=True)
+    with waiting.open("w", encoding="utf-8", newline="\n") as out:
+        for outcome in outcomes:
+            out.write(line(vars(outcome)))
+            yield outcome
+
+
+def passed(waiting: Path) -> Iterator[Outcome]:
+    """The outcomes of the file, which is gone then."""
+    for fields in jsonl.read(waiting):
+        yield Dropped(**fields) if "rule" in fields else Kept(**fields)
     waiting.unlink()
 
 
@@ -211,6 +297,8 @@ def varied(
     """Gives the first user message another wording of its instruction, drawn by its content."""
     for outcome in outcomes:
         if isinstance(outcome, Kept):
+            unused = tally.unused.get("instructions", set())
+            unused -= {text for text in unused if begun_with(outcome.record, text) is not None}
             for text, variants in instructions:
                 record = with_variant(outcome.record, hash_of(outcome), text, variants)
                 if record is not None:
@@ -242,15 +330,23 @@ def write(
         jsonl.write(output / "conversations.jsonl", kept())
 
 
-def refuse_nothing(tally: Tally) -> None:
-    """Raises when no conversation is left."""
-    if not tally.counts["kept"]:
-        reasons = ", ".join(f"{count:,} {rule}" for rule, count in tally.dropped.most_common())
-        raise RunnerError(
-            f"clean: none of {tally.counts['conversations']:,} conversations is left"
-            + (f" ({reasons})" if reasons else ""),
-            hint="loosen the settings that drop most of them",
-        )
+def refuse_nothing(tally: Tally, output: Path, scratch: Path) -> None:
+    """Raises when no conversation is left; the list of what was dropped outlives the failed run."""
+    if tally.counts["kept"]:
+        return
+    total = tally.counts["conversations"]
+    if not tally.dropped:
+        raise RunnerError(f"clean: none of {total:,} conversations is left")
+    scratch.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(output / "dropped.jsonl", scratch / "dropped.jsonl")
+    ranked = sorted(tally.dropped.items(), key=lambda one: (-one[1], one[0]))
+    reasons = ", ".join(f"{count:,} {spaced(rule)}" for rule, count in ranked[:RULES_SHOWN])
+    more = ", …" if len(ranked) > RULES_SHOWN else ""
+    raise RunnerError(
+        f"clean: none of {total:,} conversations is left ({reasons}{more})",
+        hint="loosen the settings that drop most of them; each is listed with its reason in "
+        f"{scratch / 'dropped.jsonl'}",
+    )
 
 
 def normalise(record: Record) -> Record | Fault:
@@ -276,8 +372,10 @@ def normalise(record: Record) -> Record | Fault:
     return record
 
 
-def fill(record: Record, replacements: Mapping[str, str]) -> Record | Fault:
-    return with_texts(record, partial(leftovers.filled, replacements=replacements))
+def fill(record: Record, replacements: Mapping[str, str], tally: Tally) -> Record | Fault:
+    unused = tally.unused.setdefault("replacements", set(replacements))
+    change = partial(leftovers.filled, replacements=replacements, unused=unused)
+    return with_texts(record, change)
 
 
 def refuse_empty(record: Record) -> Record | Fault:
@@ -320,7 +418,7 @@ def protect(record: Record, treatments: Mapping[str, str], tally: Tally) -> Reco
         if not mine or treatments[what] == "keep":
             continue
         if treatments[what] == "drop":
-            return Fault(what, f"it has {what.replace('_', ' ')}: {listed(Counter(mine))}")
+            return Fault(what, f"it has {spaced(what)}: {listed(Counter(mine))}")
         if treatments[what] == "report":
             tally.report(what, record, mine)
         else:
@@ -463,17 +561,6 @@ def judge_language(record: Record, wanted: frozenset[str]) -> Record | Fault:
     return Fault("language", f"its replies are in {other!r}") if other else record
 
 
-def known_languages(wanted: Sequence[str]) -> frozenset[str]:
-    known = languages.known()
-    for code in wanted:
-        if code not in known:
-            raise RunnerError(
-                f"clean: no language has the code {code!r}",
-                hint=f"languages are {', '.join(sorted(known))}",
-            )
-    return frozenset(wanted)
-
-
 def with_texts(record: Record, change: Callable[[str], str]) -> Record:
     """The record with each text changed: contents, thoughts, and a document's text."""
     changed = dict(record)
@@ -490,17 +577,24 @@ def with_texts(record: Record, change: Callable[[str], str]) -> Record:
 
 def with_variant(record: Record, content: str, text: str, variants: Sequence[str]) -> Record | None:
     """The record with another wording of `text`; None where no user begins with it."""
+    index = begun_with(record, text)
+    if index is None:
+        return None
+    digest = hashlib.sha256(f"variant:{content}:{text}".encode()).digest()
+    variant = variants[int.from_bytes(digest[:8], "big") % len(variants)]
+    messages = list(record["messages"])
+    message = messages[index]
+    messages[index] = {**message, "content": variant + message["content"][len(text) :]}
+    return {**record, "messages": messages}
+
+
+def begun_with(record: Record, text: str) -> int | None:
+    """The index of the first user message, where it begins with the whole words of `text`."""
     for index, message in enumerate(record.get("messages", ())):
         if message["role"] == "user":
             said = message["content"]
-            rest = said[len(text) :]
-            if not said.startswith(text) or (rest[:1].isalnum() and text[-1].isalnum()):
-                return None
-            digest = hashlib.sha256(f"variant:{content}:{text}".encode()).digest()
-            variant = variants[int.from_bytes(digest[:8], "big") % len(variants)]
-            messages = list(record["messages"])
-            messages[index] = {**message, "content": variant + rest}
-            return {**record, "messages": messages}
+            goes_on = said[len(text) : len(text) + 1].isalnum() and text[-1].isalnum()
+            return index if said.startswith(text) and not goes_on else None
     return None
 
 
@@ -523,6 +617,15 @@ def listed(found: Counter[str]) -> str:
     ranked = sorted(found.items(), key=lambda one: (-one[1], one[0]))
     more = ", …" if len(ranked) > KINDS_SHOWN else ""
     return ", ".join(f"{count:,} × {kind}" for kind, count in ranked[:KINDS_SHOWN]) + more
+
+
+def spaced(name: str) -> str:
+    """A rule's name as words of a sentence."""
+    return name.replace("_", " ")
+
+
+def _named(text: str) -> str:
+    return repr(text) if len(text) <= NAMED_MAX else f"{text[:NAMED_MAX]!r}…"
 
 
 def quoted(text: str) -> str:

@@ -15,6 +15,17 @@ CHARS_MAX = 4000
 WANTED_MAX = 0.1
 FOREIGN_MIN = 0.5
 """A text is foreign when one other language is this probable, and all wanted ones are not."""
+SHOWN_MAX = 40
+"""Characters of a wrong code that a message shows."""
+_CODES = """
+    ace af am an ar ary arz as az ba bcl be bg bn br bs ca crh cs cy da de dz el en eo es et eu ext
+    fa fi fo fr fuv fy ga gcf gcr gd gl gom grc gu gug guw ha hbo he hi hr ht hu hy id ig is it ja
+    jv ka kab kik kk km kn ko ku ky la lb lg lij ln lo lt ltg lv mg mk ml mn mr ms mt my ne nl nn no
+    nso oc om or pa pcm pl ps pt qu ro ru rw sa sdh se si sk sl sn so sq sr st sv sw ta te tg th tk
+    tl tr tt ug uk ur uz uzs vec vi vo wa wuu xh yo yue zh zu zxx
+"""
+CODES = frozenset(_CODES.split())
+"""The languages that py3langid tells, here so that a recipe is checked without loading it."""
 
 
 def foreign(text: str, wanted: frozenset[str]) -> str:
@@ -31,9 +42,17 @@ def foreign(text: str, wanted: frozenset[str]) -> str:
     return "" if is_wanted or probability < FOREIGN_MIN else first
 
 
-def known() -> frozenset[str]:
-    """The codes of all languages that can be told."""
-    return frozenset(_identifier().labels)
+def refuse_unknown(code: str) -> None:
+    """Raises ValueError, with the code that may be meant, for one that no text can get."""
+    if code in CODES:
+        return
+    plain = code.strip().casefold()
+    meant = _MEANT.get(plain, re.split("[-_]", plain)[0])
+    advice = (
+        f"did you mean {meant!r}?" if meant in CODES else "codes are like 'ru', 'en', 'de' or 'zh'"
+    )
+    shown = repr(code) if len(code) <= SHOWN_MAX else f"{code[:SHOWN_MAX]!r}…"
+    raise ValueError(f"has {shown}, which is no code of a language that can be told; {advice}")
 
 
 def scripts(text: str) -> dict[str, int]:
@@ -51,6 +70,38 @@ def _identifier() -> Any:
 
 
 _LETTERS = re.compile(r"[^\W\d_]+")
+_MEANT = {
+    word: code
+    for code, words in {
+        "ar": "ara arabic",
+        "be": "bel belarusian by",
+        "cs": "ces cze czech cz",
+        "de": "deu ger german deutsch немецкий",
+        "el": "ell gre greek gr",
+        "en": "eng english английский",
+        "es": "spa spanish español испанский",
+        "fr": "fra fre french français французский",
+        "he": "heb hebrew iw",
+        "hi": "hin hindi",
+        "it": "ita italian italiano итальянский",
+        "ja": "jpn japanese jp японский",
+        "ka": "kat geo georgian",
+        "kk": "kaz kazakh kz казахский",
+        "ko": "kor korean kr",
+        "nl": "nld dut dutch",
+        "no": "nor norwegian nb nob",
+        "pl": "pol polish польский",
+        "pt": "por portuguese",
+        "ro": "ron rum romanian",
+        "ru": "rus russian русский",
+        "sv": "swe swedish",
+        "tr": "tur turkish турецкий",
+        "uk": "ukr ukrainian ua украинский",
+        "vi": "vie vietnamese",
+        "zh": "zho chi chinese cn китайский",
+    }.items()
+    for word in words.split(" ")
+}
 _LINK = re.compile(r"https?://\S+")
 _SCRIPTS = {
     "Latin": re.compile("[A-Za-z\u00aa\u00ba\u00c0-\u024f\u1e00-\u1eff]+"),

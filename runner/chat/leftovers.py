@@ -20,13 +20,19 @@ def placeholders(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found[0] for found in _PLACEHOLDER.finditer(without_code(text))))
 
 
-def filled(text: str, replacements: Mapping[str, str]) -> str:
-    """The text with place-holders replaced; `name` stands for `{{name}}`, `[Name]` for itself."""
+def filled(text: str, replacements: Mapping[str, str], unused: set[str]) -> str:
+    """The text with place-holders replaced; `name` stands for `{{name}}`, `[Name]` for itself.
+
+    What was there is taken out of `unused`.
+    """
     for name, value in replacements.items():
+        parts = [text]
         if name[:1] in ("[", "{", "<"):
-            text = text.replace(name, value)
+            parts = text.split(name)
         elif "{{" in text:
             parts = re.split(r"\{\{\s*" + re.escape(name) + r"\s*\}\}", text)
+        if len(parts) > 1:
+            unused.discard(name)
             text = value.join(parts)
     return text
 

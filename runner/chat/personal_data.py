@@ -15,13 +15,19 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["key", "password", "email", "iban", "card", "phone"]
+Kind = Literal[
+    "key", "password", "email", "iban", "account", "card", "snils", "inn", "passport", "phone"
+]
 
 SECRETS: frozenset[Kind] = frozenset({"key", "password"})
-PERSONAL: frozenset[Kind] = frozenset({"email", "iban", "card", "phone"})
+PERSONAL: frozenset[Kind] = frozenset(
+    {"email", "iban", "account", "card", "snils", "inn", "passport", "phone"}
+)
 
 MAX_DEPTH = 64
 """JSON inside a text is looked into when it is nested no deeper."""
+PASSWORD_MAX = 100
+"""A longer word after `password:` is something else."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,12 @@ def found(text: str) -> list[Found]:
 def _possible(text: str) -> list[_Detector]:
     """The detectors that could find something, in their order: for most texts there are none."""
     places = {place for hint, place in _HINTS if hint in text}
-    if _SOME_DIGITS.search(text):
-        places |= _HINTLESS
+    if "_" in text:
+        places |= {place for hint, place in _UNDERSCORE_HINTS if hint in text}
+    if first := _TWO_DIGITS.search(text):
+        places |= {place for hint, place in _DIGIT_HINTS if hint in text}
+        if _SOME_DIGITS.search(text, first.start()):
+            places |= _HINTLESS
     return [_DETECTORS[place] for place in sorted(places)] if places else []
 
 
@@ -78,7 +88,10 @@ def in_value(value: Any) -> Iterator[Kind]:
     elif isinstance(value, dict):
         for key, inner in value.items():
             yield from in_value(key)
-            yield from in_value(inner)
+            if _is_named_password(key, inner):
+                yield "password"
+            else:
+                yield from in_value(inner)
     elif isinstance(value, list):
         for inner in value:
             yield from in_value(inner)
@@ -93,7 +106,10 @@ def redacted_value(value: Any, kinds: frozenset[Kind]) -> Any:
         return value if text == str(value) else text
     if isinstance(value, dict):
         return {
-            redacted_value(key, kinds): redacted_value(inner, kinds) for key, inner in value.items()
+            redacted_value(key, kinds): "[password]"
+            if "password" in kinds and _is_named_password(key, inner)
+            else redacted_value(inner, kinds)
+            for key, inner in value.items()
         }
     if isinstance(value, list):
         return [redacted_value(inner, kinds) for inner in value]
@@ -130,6 +146,14 @@ def _parsed(text: str) -> Any:
     return None if level else value
 
 
+def _is_named_password(key: Any, value: Any) -> bool:
+    """Whether data says `"password": "…"`, which as a text would be found too."""
+    if not isinstance(key, str) or not isinstance(value, str) or len(value) > PASSWORD_MAX:
+        return False
+    is_one_word = not any(map(str.isspace, value))
+    return is_one_word and bool(_PASSWORD_NAME.search(key) and _written_password(value))
+
+
 def _is_long_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 10**9 < value < 10**20
 
@@ -143,9 +167,11 @@ class _Detector:
     pattern: re.Pattern[str]
     """Its group 1, where it has one, is what is written over; else all of the match."""
     hints: tuple[str, ...] = ()
-    """One of these is in each text that the pattern can match; without any, `_SOME_DIGITS` are."""
+    """One of these is in each text that the pattern can match."""
     part: Callable[[str], Span | None] = lambda candidate: (0, len(candidate))
     """The part of a candidate that is meant; None where its checksum or its digits are wrong."""
+    digits: bool = False
+    """Matches hold two digits in a row, so that the hints are looked for in few texts."""
 
     def search(self, text: str) -> Iterator[Found]:
         group = min(1, self.pattern.groups)
@@ -216,6 +242,51 @@ def _password(candidate: str) -> Span | None:
     return None if _NO_PASSWORD.fullmatch(candidate) else (0, len(candidate))
 
 
+def _written_password(candidate: str) -> Span | None:
+    """The word after `password:` without what follows it; None for prose, code and place-holders.
+
+    A password is told from the words of a form or a manual (`password: required`) by a digit, or
+    by a sign that is no part of such words.
+    """
+    end = _PASSWORD_END.search(candidate)
+    word = candidate[: end.start()] if end else candidate
+    drawn = any(map(str.isdigit, word)) or _PASSWORD_SIGN.search(word)
+    if len(word) < 4 or not drawn or _NO_PASSWORD.fullmatch(word) or _NO_WRITTEN.search(word):
+        return None
+    return 0, len(word)
+
+
+def _account(candidate: str) -> Span | None:
+    """Twenty digits with a currency at the sixth to eighth (Bank of Russia, 809-P)."""
+    digits = re.sub(r"\D", "", candidate)
+    return (0, len(candidate)) if _CURRENCIES.fullmatch(digits[5:8]) else None
+
+
+def _snils(candidate: str) -> Span | None:
+    """Eleven digits, of which the last two are the checksum of the others."""
+    digits = [int(digit) for digit in candidate if digit.isdigit()]
+    total = sum(digit * (9 - place) for place, digit in enumerate(digits[:9])) % 101 % 100
+    is_given = any(digits[:3]) and total == digits[9] * 10 + digits[10]
+    return (0, len(candidate)) if is_given else None
+
+
+def _inn(candidate: str) -> Span | None:
+    """Ten digits with one check digit, or twelve with two."""
+    digits = [int(digit) for digit in candidate]
+    checked = (9,) if len(digits) == 10 else (10, 11)
+    for place in checked:
+        weights = _INN_WEIGHTS[len(_INN_WEIGHTS) - place :]
+        total = sum(w * d for w, d in zip(weights, digits[:place], strict=True))
+        if total % 11 % 10 != digits[place]:
+            return None
+    return (0, len(candidate)) if any(digits) else None
+
+
+def _local_phone(candidate: str) -> Span | None:
+    """Nothing for a round number in one piece: that is a price."""
+    return None if candidate.isdigit() and candidate.endswith("000") else (0, len(candidate))
+
+
 def _email(candidate: str) -> Span | None:
     """Nothing for what can be nobody's: reserved domains (RFC 2606) and the user of git."""
     name, _, domain = candidate.lower().rpartition("@")
@@ -228,6 +299,17 @@ _NO_PASSWORD = re.compile(
     r"(?i:(?:your|my|db|the)?[_-]?(?:password|passwd|pass|pwd|guest|secret|token|пароль))"
     r"|[$%{\[*].*|(?:\*|x|X|\.)+"
 )
+_PASSWORD_NAME = re.compile(r"(?i:password|passwd|(?<![a-z])pwd|пароль)\d?\Z")
+_PASSWORD_END = re.compile(r"[;,&]\w+[=:]|[.,;:)\]}»”*_]+\Z")
+_PASSWORD_SIGN = re.compile(r"[@#$%^&*+=~!?](?!\Z)")
+_NO_WRITTEN = re.compile(
+    r"^(?:[/~<(^:=>]|\./)|://|\[[a-z]+\]|\$\{|\{\{|•|…"
+    r"|^[^\W\d]\w*(?:[(\[]|(?:\.[^\W\d]\w*)+(?:[(\[]|$))"  # code: f(x), a[0], a.b
+    r"|^\d{1,3}[-–][^\W\d]+$"  # 8-character
+    r"|^(?i:sha-?\d+|base-?64|utf-?8|bcrypt\d?|argon2\w*)$"
+)
+_CURRENCIES = re.compile("810|643|840|978|156|826|756|392|398|933|949|784")
+_INN_WEIGHTS = (3, 7, 2, 4, 10, 3, 5, 9, 4, 6, 8)
 _RESERVED_DOMAIN = re.compile(
     r"(?:^|\.)(?:example\.(?:com|org|net)|example|test|invalid|localhost)$"
 )
@@ -248,9 +330,12 @@ _IBAN_LENGTHS = {
 
 
 def _key(
-    pattern: str, *hints: str, part: Callable[[str], Span | None] = _Detector.part
+    pattern: str,
+    *hints: str,
+    part: Callable[[str], Span | None] = _Detector.part,
+    digits: bool = False,
 ) -> _Detector:
-    return _Detector("key", re.compile(pattern, re.ASCII), hints, part)
+    return _Detector("key", re.compile(pattern, re.ASCII), hints, part, digits)
 
 
 _KEY_BLOCK = r"-----{} [A-Z0-9 ]{{0,40}}PRIVATE KEY(?: BLOCK)?-----"
@@ -282,7 +367,7 @@ _DETECTORS = (
     _key(r"\bnpm_[A-Za-z0-9]{36}\b", "npm_"),
     _key(r"\bpypi-AgE[A-Za-z0-9_-]{50,255}", "pypi-AgE"),
     _key(r"\bAQVN[A-Za-z0-9_-]{35,60}", "AQVN"),
-    _key(r"\b(?:bot)?(\d{8,10}:[A-Za-z0-9_-]{35})(?![A-Za-z0-9_-])", ":"),
+    _key(r"\b(?:bot)?(\d{8,10}:[A-Za-z0-9_-]{35})(?![A-Za-z0-9_-])", ":", digits=True),
     _key(r"\beyJ[\w-]{8,4000}\.eyJ[\w-]{8,8000}\.[\w-]{8,2000}", "eyJ"),
     _key(r"(?i:\bbearer)\s{1,3}([\w.~+/-]{20,4000}={0,2})", "earer", "EARER", part=_random),
     _Detector(
@@ -293,6 +378,16 @@ _DETECTORS = (
         ),
         ("://",),
         _password,
+    ),
+    _Detector(
+        "password",
+        re.compile(
+            r"(?i:password|passwd|(?<![^\W_])pwd|пароль)(?<!/passwd)\d?"
+            r"[\"'`*\\]{0,4}[ \t]{0,3}[:=][ \t\"'`*\\]{0,6}"
+            rf"([^\s\"'`<>\\]{{4,{PASSWORD_MAX}}}+)(?![^\s\"'`<>\\])"
+        ),
+        ("assw", "ASSW", "pwd", "PWD", "Pwd", "арол", "АРОЛ"),
+        part=_written_password,
     ),
     _Detector(
         "email",
@@ -308,9 +403,46 @@ _DETECTORS = (
         part=_iban,
     ),
     _Detector(
+        "account",
+        re.compile(r"(?<!\d[.,])(?<![\w-])[2-5](?:[ \u00a0.-]?\d){19}(?![\w-])", re.ASCII),
+        part=_account,
+    ),
+    _Detector(
         "card",
         re.compile(r"(?<!\d[.,])(?<![\w-])\d(?:[ \u00a0-]?\d){12,18}(?![\w-])", re.ASCII),
         part=_card,
+    ),
+    _Detector(
+        "snils",
+        re.compile(r"(?<![\w-])\d{3}-\d{3}-\d{3}[ \u00a0-]\d{2}(?![\w-])", re.ASCII),
+        part=_snils,
+    ),
+    _Detector(
+        "snils",
+        re.compile(
+            r"(?i:снилс)(?!\w)[^\d\n]{0,25}"
+            r"([0-9]{3}(?:[ \u00a0-]?[0-9]{3}){2}[ \u00a0-]?[0-9]{2})(?!\w)"
+        ),
+        ("СНИЛС", "снилс", "Снилс"),
+        digits=True,
+        part=_snils,
+    ),
+    _Detector(
+        "inn",
+        re.compile(r"(?<!\w)(?i:инн)(?!\w)[^\d]{0,25}([0-9]{12}|[0-9]{10})(?!\w)"),
+        ("ИНН", "инн", "Инн"),
+        digits=True,
+        part=_inn,
+    ),
+    _Detector(
+        "passport",
+        re.compile(
+            r"(?:[Пп]аспорт|ПАСПОРТ)[^\d\n]{0,60}("
+            r"[0-9]{2}[ \u00a0]?[0-9]{2}[\s,]{0,3}(?:№|N|[Нн]омер)?[\s:]{0,3}[0-9]{6}"
+            r"|[0-9]{2}[\s,]{0,3}(?:№|N)?[\s:]{0,3}[0-9]{7})(?!\w)"
+        ),
+        ("аспорт", "АСПОРТ"),
+        digits=True,
     ),
     _Detector(
         "phone",
@@ -335,7 +467,35 @@ _DETECTORS = (
             r"(?<![\w.+-])(?:\([2-9]\d{2}\) ?|[2-9]\d{2}[-.])[2-9]\d{2}[-.]\d{4}(?![\w-])", re.ASCII
         ),
     ),
+    _Detector(
+        "phone",
+        re.compile(
+            r"(?<!\w)(?:[Тт]ел(?:ефон(?:а|ы|у)?)?|ТЕЛ(?:ЕФОН)?|[Pp]hone|PHONE|[Tt]el)(?!\w)"
+            r"[\s.:№]{1,4}((?:\(?[0-9]{3,5}\)?[ \u00a0-]{1,2})?"
+            r"(?:[0-9]{1,3}[-–][0-9]{2}[-–][0-9]{2}|[0-9]{2,3}(?:[ \u00a0][0-9]{2}){2}"
+            r"|[0-9]{3}[-–][0-9]{4}|[0-9]{6,7}))(?!\w|[-–./,][0-9])"
+        ),
+        (
+            "тел.",
+            "тел:",
+            "Тел.",
+            "Тел:",
+            "ТЕЛ",
+            "елефон",
+            "phone",
+            "Phone",
+            "PHONE",
+            "tel.",
+            "Tel.",
+        ),
+        part=_local_phone,
+        digits=True,
+    ),
 )
 _SOME_DIGITS = re.compile(r"\d(?:\D{0,3}\d){6}", re.ASCII)
-_HINTS = [(hint, n) for n, detector in enumerate(_DETECTORS) for hint in detector.hints]
+_TWO_DIGITS = re.compile(r"\d\d", re.ASCII)
+_ALL_HINTS = [(hint, n, one) for n, one in enumerate(_DETECTORS) for hint in one.hints]
+_DIGIT_HINTS = [(hint, n) for hint, n, one in _ALL_HINTS if one.digits]
+_UNDERSCORE_HINTS = [(hint, n) for hint, n, one in _ALL_HINTS if not one.digits and "_" in hint]
+_HINTS = [(hint, n) for hint, n, one in _ALL_HINTS if not one.digits and "_" not in hint]
 _HINTLESS = {n for n, detector in enumerate(_DETECTORS) if not detector.hints}

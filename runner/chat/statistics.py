@@ -38,7 +38,8 @@ class Statistics:
         self._counts["documents"] += "text" in record
         self._counts["preferences"] += "chosen" in record or "label" in record
         self._counts["turns"] += len(record.get("messages", ()))
-        self._counts["replies"] += 0 if "text" in record else len(learned)
+        judged = "text" in record or "chosen" in record or "label" in record
+        self._counts["replies"] += 0 if judged else len(learned)
         self._counts["characters"] += sum(map(len, said))
         for text in said:
             self._letters.update(scripts(text))
@@ -54,14 +55,20 @@ class Statistics:
     def templates(self, share: float) -> list[tuple[str, str, int]]:
         """(`begins` or `ends`, the stretch, conversations), where more than `share` of all have it.
 
-        The most frequent come first.
+        The most frequent come first; of those that overlap by half, only the first is named.
         """
         least = share * self._counts["conversations"]
-        return [
-            (stretch[0], self._quotes[stretch], count)
-            for stretch, count in sorted(self._stretches.items(), key=lambda s: (-s[1], s[0]))
-            if count >= TEMPLATE_COPIES_MIN and count > least
-        ]
+        found: list[tuple[str, str, int]] = []
+        run = max(1, self._template_chars // 2)
+        named: set[str] = set()
+        for stretch, count in sorted(self._stretches.items(), key=lambda s: (-s[1], s[0])):
+            if count >= TEMPLATE_COPIES_MIN and count > least:
+                text = self._quotes[stretch]
+                runs = {text[at : at + run] for at in range(max(1, len(text) - run + 1))}
+                if named.isdisjoint(runs):
+                    found.append((stretch[0], text, count))
+                named |= runs
+        return found
 
     def summary(self) -> dict[str, Any]:
         """The numbers, with the share of each script among all letters."""
@@ -127,19 +134,29 @@ def estimated_tokens(characters: int, letters: Mapping[str, int]) -> int:
     return round(tokens * characters / sum(letters.values()))
 
 
-def verdict(examples: int, what: str) -> str:
-    """What experience says of so many examples (`replies`, `documents`)."""
-    found = f"{examples:,} {what} to learn from"
-    if examples < 1000:
+def verdict(replies: int, preferences: int = 0, documents: int = 0) -> str:
+    """What experience says of so many replies; what makes no windows is counted by itself."""
+    beside = " and ".join(
+        f"{count:,} {what if count > 1 else what[:-1]}"
+        for count, what in ((preferences, "preferences"), (documents, "documents"))
+        if count
+    )
+    make = "makes" if preferences + documents == 1 else "make"
+    if beside and not replies:
+        return f"no replies to learn from, but {beside}, which {make} no windows"
+    found = f"{replies:,} {'replies' if replies != 1 else 'reply'} to learn from"
+    if beside:
+        found += f" (and {beside}, which {make} no windows)"
+    if replies < 1000:
         return (
             f"{found}: 1,000 are advised at least, 3,000 to 5,000 are good, 10,000 and more best; "
             "train 3 to 5 epochs, and with so little watch that the eval loss keeps falling"
         )
-    if examples < 3000:
+    if replies < 3000:
         return (
             f"{found}: enough to begin with; 3,000 to 5,000 are good, 10,000 and more best; "
             "train 3 to 5 epochs"
         )
-    if examples < 10_000:
+    if replies < 10_000:
         return f"{found}: a good number; 10,000 and more are best; train 3 to 5 epochs"
     return f"{found}: as many as can be wished for; 3 epochs are often enough, 5 the most"

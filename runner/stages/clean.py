@@ -6,17 +6,32 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from runner.chat import cleaning, leftovers, statistics
+from runner.chat import cleaning, languages, leftovers, statistics
 from runner.stages.rule import RuleSettings
 from runner.stages.stage import Dirs, Metrics, Settings, Stage
 
 Chars = Annotated[int, Field(ge=0)]
 MaxChars = Annotated[int, Field(ge=1)] | Literal["unlimited"]
 Role = Literal["assistant", "user", "system", "any"]
+
+
+def _share_or_keep(value: Any) -> Any:
+    """One sentence for what neither of the two is; pydantic would give one for each."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value == "keep" or (is_number and 0 < value <= 1):
+        return value
+    shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:59]}…"
+    meant = f"; {value:g} % is {value / 100:g}" if is_number and 1 < value <= 100 else ""
+    raise ValueError(f"must be 'keep', or more than 0 and at most 1, not {shown}{meant}")
+
+
+Share = Annotated[
+    Annotated[float, Field(gt=0, le=1)] | Literal["keep"], BeforeValidator(_share_or_keep)
+]
 
 
 class TextRule(RuleSettings):
@@ -66,10 +81,10 @@ class Clean(Stage):
     max_document_chars: MaxChars = "unlimited"
     """Longer documents are dropped."""
     exact_duplicates: Literal["drop", "keep"] = "drop"
-    """What becomes of conversations that say the same as an earlier one, in whatever file."""
-    near_duplicates: Annotated[float, Field(gt=0, le=1)] | Literal["keep"] = "keep"
-    """Drop what shares at least this share of its word runs with an earlier one; 0.8 is usual."""
-    languages: tuple[Annotated[str, Field(min_length=2, max_length=3)], ...] = ()
+    """What becomes of what says the same as an earlier one, or is the beginning of another one."""
+    near_duplicates: Share = "keep"
+    """Keep the longest of those that have at least this share of word runs in common, like 0.8."""
+    languages: tuple[str, ...] = ()
     """Drop conversations whose replies are surely in other languages than these, like [ru, en]."""
     replacements: dict[Annotated[str, Field(min_length=1)], str] = Field(default_factory=dict)
     """What to write for place-holders: `name: Aria` for {{name}}, `"[Your Name]": Aria`."""
@@ -82,9 +97,12 @@ class Clean(Stage):
     templates: Templates = Templates()
     """Beginnings and ends that many replies share."""
     secrets: Literal["redact", "drop", "report", "keep"] = "report"
-    """Keys, tokens and passwords, anywhere; redact writes [key] and [password] over them."""
+    """Keys and tokens by their shape, passwords in addresses and after `password:`, `пароль:` and
+    the like, anywhere; redact writes [key] and [password] over them."""
     personal_data: Literal["redact", "drop", "report", "keep"] = "report"
-    """E-mail addresses, telephone, card and account numbers; redact writes [email], [phone], …"""
+    """E-mail addresses; telephone, card, IBAN, Russian account and СНИЛС numbers; ИНН and Russian
+    passport numbers behind these words. Names and postal addresses are not found. Redact writes
+    [email], [phone], [card], [iban], [account], [snils], [inn] and [passport]."""
     require: tuple[TextRule, ...] = ()
     """Rules to keep: replies that break one are not learned; other roles' texts drop all."""
     forbid: tuple[TextRule, ...] = ()
@@ -92,6 +110,7 @@ class Clean(Stage):
     instructions: tuple[Instruction, ...] = ()
     """Instructions to vary, so that the model learns the task and not one wording of it."""
 
+    version = 2
     reads = ("conversations",)
     writes = "conversations"
     shows: ClassVar[Mapping[str, str]] = {
@@ -99,6 +118,13 @@ class Clean(Stage):
         "dropped": "dropped.jsonl",
         "statistics": "statistics.json",
     }
+
+    @field_validator("languages")
+    @classmethod
+    def _can_be_told(cls, wanted: tuple[str, ...]) -> tuple[str, ...]:
+        for code in wanted:
+            languages.refuse_unknown(code)
+        return wanted
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Clean:
@@ -119,26 +145,29 @@ class Clean(Stage):
 
     def run(self, dirs: Dirs) -> Metrics:
         source = dirs.inputs["conversations"] / "conversations.jsonl"
+        instructions = [(i.text.strip(), i.variants) for i in self.instructions]
         tally = cleaning.Tally()
+        tally.unused["instructions"] = {text for text, _ in instructions}
         numbers = statistics.Statistics(self.templates.chars)
         found = cleaning.judged(cleaning.counted(source, tally, dirs.emit), self._steps(tally))
         found = cleaning.repeats(found, drop=self.exact_duplicates == "drop", tally=tally)
+        if self.exact_duplicates == "drop":
+            found = cleaning.without_grown(found, dirs.scratch)
         if self.near_duplicates != "keep":
             found = cleaning.without_near(found, self.near_duplicates, dirs.scratch)
         if self.templates.max_copies != "unlimited":
             found = cleaning.without_templates(
                 found, self.templates.max_copies, numbers, self.templates.chars
             )
-        found = cleaning.varied(
-            found, [(i.text.strip(), i.variants) for i in self.instructions], tally
-        )
+        found = cleaning.varied(found, instructions, tally)
         cleaning.write(dirs.output, found, numbers, tally)
-        cleaning.refuse_nothing(tally)
+        cleaning.refuse_nothing(tally, dirs.output, dirs.scratch)
         for text in tally.warnings(numbers, self.templates.share):
             dirs.emit({"event": "warning", "text": text})
         summary = numbers.summary()
-        what = "documents" if summary["documents"] > summary["replies"] else "replies"
-        said = statistics.verdict(summary[what], what)
+        said = statistics.verdict(
+            *(summary[name] for name in ("replies", "preferences", "documents"))
+        )
         dirs.emit({"event": "verdict", "text": said})
         repeated = numbers.templates(self.templates.share)
         report = {
@@ -168,7 +197,7 @@ class Clean(Stage):
         if self.normalise:
             steps.append(cleaning.normalise)
         if self.replacements:
-            steps.append(partial(cleaning.fill, replacements=self.replacements))
+            steps.append(partial(cleaning.fill, replacements=self.replacements, tally=tally))
         steps.append(cleaning.refuse_empty)
         steps.append(partial(cleaning.count_marks, tally=tally))
         if {self.secrets, self.personal_data} != {"keep"}:
@@ -190,9 +219,7 @@ class Clean(Stage):
             if rule.role != "assistant"
         ]
         if self.languages:
-            steps.append(
-                partial(cleaning.judge_language, wanted=cleaning.known_languages(self.languages))
-            )
+            steps.append(partial(cleaning.judge_language, wanted=frozenset(self.languages)))
         return steps
 
     def _faults(self, tally: cleaning.Tally) -> list[cleaning.Judge]:
