@@ -2,12 +2,15 @@ import os
 import random
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rensa import RMinHash
 
-from runner.chat.near import components
+from runner.chat.near import _SEED, MINIMA, RUN, _read, components
 
 LONG = " ".join(f"word{n}" for n in range(60))
 RUSSIAN = (
@@ -110,6 +113,73 @@ def test_nearly_every_near_pair_is_found(share: float) -> None:
 def test_a_template_in_all_texts_takes_no_square_of_comparisons() -> None:
     texts = [(str(n), f"{LONG} {LONG[::-1]} {n}") for n in range(3000)]
     assert set(components(texts, 0.8).values()) == {"0"}
+
+
+def templated(count: int, own: int, dice: random.Random) -> list[str]:
+    """Texts of a template's 200 words and some of their own."""
+    template = [f"word{n}" for n in range(200)]
+    return [
+        " ".join([*template, *(str(dice.randrange(10**9)) for _ in range(own))])
+        for _ in range(count)
+    ]
+
+
+def test_in_a_crowd_that_shares_a_template_only_the_near_are_joined() -> None:
+    texts = templated(300, 80, random.Random(0))
+    twins = [text.replace("word100 ", "other ") for text in texts]
+    named = [
+        (f"{n}{twin}", text)
+        for twin, all in enumerate((texts, twins))
+        for n, text in enumerate(all)
+    ]
+    found = components(named, 0.8)
+    assert found == {id: f"{id[:-1]}0" for id, _ in named}
+
+
+def test_in_a_crowd_order_does_not_count_and_more_texts_part_no_group() -> None:
+    dice = random.Random(1)
+    named = [(str(n), text) for n, text in enumerate(templated(300, 30, dice))]
+
+    def parts(named: list[tuple[str, str]]) -> set[frozenset[str]]:
+        found = components(named, 0.8)
+        return {frozenset(a for a in found if found[a] == b) for b in set(found.values())}
+
+    whole = parts(named)
+    assert 1 < len(whole) < 300
+    assert parts(dice.sample(named, 300)) == whole
+    for part in parts(named[:200]):
+        assert any(part <= group for group in whole)
+
+
+def test_the_words_of_a_long_text_count_to_its_last_one() -> None:
+    text = " ".join(str(n) for n in range(50_000))
+    spaced = text.replace(" ", " . ")
+    assert groups(text, spaced, f"{text} 1", similarity=1) == ["a", "a", "c"]
+    assert groups("…" * 200_000, "…" * 200_001, similarity=1) == ["a", "b"]
+
+
+def test_the_runs_of_a_long_text_go_on_from_piece_to_piece() -> None:
+    words = [str(n) for n in range(50_000)]
+    padded = [*[""] * (RUN - 1), *words, *[""] * (RUN - 1)]
+    runs = [" ".join(padded[n : n + RUN]) for n in range(len(padded) - RUN + 1)]
+    whole = RMinHash(MINIMA, _SEED)
+    whole.update(runs)
+    assert _read(" ".join(words))[1].digest() == whole.digest()
+
+
+def test_memory_does_not_grow_with_the_length_of_the_texts() -> None:
+    def texts() -> Iterator[tuple[str, str]]:
+        for n in range(12):
+            yield str(n), " ".join(str(word) for word in range(n * 10**6, n * 10**6 + 15_000))
+        yield "long", "word " * 400_000
+
+    tracemalloc.start()
+    try:
+        components(texts(), 0.8)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 15e6
 
 
 def test_groups_do_not_depend_on_the_process() -> None:

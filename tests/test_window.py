@@ -45,6 +45,39 @@ def test_every_reply_weighs_once_for_each_window_it_is_in() -> None:
     assert merged(windows(3, False, True, ()), True)[0] == {0: 3, 1: 2, 2: 1}
 
 
+SOURCE = {"path": "chats.json", "format": "messages", "index": 7}
+
+
+def every_reply_of(pairs: int, *, expanding: bool, sliding_turns: tuple[int, ...]) -> int:
+    """The number of weights of the chains of a conversation in which every reply is learned."""
+    made = chains(
+        [conversation(pairs, source=SOURCE)],
+        pairs=False,
+        expanding=expanding,
+        sliding_turns=sliding_turns,
+        every_reply=True,
+        once=True,
+        counts=Counter(),
+    )
+    return sum(len(chain["weights"]) for chain in made)
+
+
+def test_a_very_long_conversation_expands_in_time_that_its_replies_take() -> None:
+    assert every_reply_of(50_000, expanding=True, sliding_turns=()) == 50_000
+
+
+def test_windows_with_more_weights_than_a_file_should_hold_are_refused() -> None:
+    assert every_reply_of(5_000, expanding=False, sliding_turns=(100,)) == 4_951 * 50
+    with pytest.raises(RunnerError) as caught:
+        every_reply_of(10_000, expanding=False, sliding_turns=(10_000,))
+    assert str(caught.value) == (
+        "window: conversation c (chats.json, record 7) has 10,000 replies, and its windows would "
+        "give 25,005,000 weights; at most 5,000,000 are possible\n"
+        "  with `loss: every_reply` each window weighs all of its replies: set smaller "
+        "`sliding_turns`, or `loss: last_reply`"
+    )
+
+
 def found(records: list[dict[str, object]]) -> tuple[list[dict[str, object]], Counter[str]]:
     """The chains of pairs, and what was counted."""
     counts: Counter[str] = Counter()

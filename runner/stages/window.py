@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, groupby, repeat
+from operator import itemgetter
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -27,6 +29,9 @@ USE = (
     "a document is text to train on as it is (pretraining), and a preference says which of two "
     "replies is better, or whether one is good (DPO, KTO)"
 )
+
+MAX_WEIGHTS = 5_000_000
+"""Of one conversation; some 60 MB of chains.jsonl."""
 
 Turns = Annotated[int, Field(ge=2, le=10_000, multiple_of=2)]
 
@@ -116,13 +121,16 @@ def chains(
         found = windows(len(exchanges), pairs, expanding, sliding_turns)
         spans = sorted(set(found)) if once else sorted(found)
         counts["windows"] += len(spans)
-        for first, weights in merged(spans, every_reply).items():
-            counts["chains"] += 1
-            yield {
-                "conversation": conversation["id"],
-                "first": exchanges[first][0],
-                "weights": {str(exchanges[pair][1]): w for pair, w in sorted(weights.items())},
-            }
+        if every_reply and (count := _weights(spans)) > MAX_WEIGHTS:
+            raise _too_many(conversation, len(exchanges), count)
+        for _, together in groupby(spans, key=itemgetter(0)):  # one chain in memory at a time
+            for first, weights in merged(together, every_reply).items():
+                counts["chains"] += 1
+                yield {
+                    "conversation": conversation["id"],
+                    "first": exchanges[first][0],
+                    "weights": {str(exchanges[pair][1]): w for pair, w in sorted(weights.items())},
+                }
 
 
 def windows(
@@ -142,10 +150,17 @@ def windows(
 
 def merged(spans: Iterable[tuple[int, int]], every_reply: bool) -> dict[int, dict[int, int]]:
     """Windows that start at one pair as one chain: first pair → {pair: weight of its reply}."""
-    found: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    ends: dict[int, Counter[int]] = defaultdict(Counter)
     for first, last in spans:
-        for pair in range(first, last + 1) if every_reply else (last,):
-            found[first][pair] += 1
+        ends[first][last] += 1
+    if not every_reply:
+        return {first: dict(lasts) for first, lasts in ends.items()}
+    found: dict[int, dict[int, int]] = {}
+    for first, lasts in ends.items():
+        pairs = range(
+            max(lasts), first - 1, -1
+        )  # a reply is in all windows that end at or after it
+        found[first] = dict(zip(pairs, accumulate(lasts[pair] for pair in pairs), strict=True))
     return found
 
 
@@ -157,10 +172,10 @@ def parted(chain: Mapping[str, Any], every_reply: bool) -> Iterator[tuple[int, l
     weights = {int(reply): weight for reply, weight in chain["weights"].items()}
     ends = sorted(weights)
     for place, last in enumerate(ends):
-        learned = ends[: place + 1] if every_reply else [last]
         further = weights[ends[place + 1]] if every_reply and last != ends[-1] else 0
-        for _ in range(weights[last] - further):
-            yield last, learned
+        if times := weights[last] - further:
+            learned = ends[: place + 1] if every_reply else [last]
+            yield from repeat((last, learned), times)
 
 
 def stretch(
@@ -180,6 +195,25 @@ def stretch(
         found.append(message)
     tools = {"tools": conversation["tools"]} if conversation.get("tools") else {}
     return {"messages": found, **tools}
+
+
+def _weights(spans: Iterable[tuple[int, int]]) -> int:
+    """How many weights the chains of these windows have where every reply is learned."""
+    lasts: dict[int, int] = {}
+    for first, last in spans:
+        lasts[first] = max(last, lasts.get(first, last))
+    return sum(last - first + 1 for first, last in lasts.items())
+
+
+def _too_many(conversation: Mapping[str, Any], replies: int, count: int) -> RunnerError:
+    source = conversation["source"]
+    return RunnerError(
+        f"window: conversation {conversation['id']} ({source['path']}, record {source['index']}) "
+        f"has {replies:,} replies, and its windows would give {count:,} weights; "
+        f"at most {MAX_WEIGHTS:,} are possible",
+        hint="with `loss: every_reply` each window weighs all of its replies: set smaller "
+        "`sliding_turns`, or `loss: last_reply`",
+    )
 
 
 def _others(counts: Mapping[str, int]) -> str:
