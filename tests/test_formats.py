@@ -145,3 +145,30 @@ def test_every_real_file_gives_conversations_or_reasons() -> None:
     for path in sorted(SHARED.rglob("*.json*")):
         chats, rejected = read(path.read_bytes())
         assert chats or rejected, path
+
+
+def test_secrets_and_addresses_in_keys_are_not_repeated() -> None:
+    key = "sk-ant-api03-" + "Ab3dEf6hIj" * 9
+    _, (rejected,) = read({key: 1, "ann.miller@gmail.com": 2, "beside": 3})
+    assert rejected.reason == "no known format; its keys are '[key]', '[email]', 'beside'"
+
+
+def test_secrets_in_values_are_not_repeated() -> None:
+    key = "sk-ant-api03-" + "Ab3dEf6hIj" * 9
+    _, (rejected,) = read({"messages": [{"role": key, "content": "x"}]})
+    assert rejected.reason == (
+        "message 0 has role '[key]'; roles are system, user, assistant, tool"
+    )
+
+
+def test_a_long_key_is_cut() -> None:
+    _, (rejected,) = read({"k" * 100_000: 1})
+    assert rejected.reason == f"no known format; its keys are '{'k' * 40}'…"
+
+
+@pytest.mark.parametrize("value", [[[["x" * 1000] * 9] * 9] * 9, {"k" * 1000: {"v" * 1000: [1]}}])
+def test_no_reason_is_long(value: object) -> None:
+    for record in ({"messages": [{"role": value, "content": "x"}]}, {"messages": value}):
+        _, rejected = read({**record, "b" * 9999: 1})
+        assert rejected
+        assert all(len(item.reason) <= 1001 for item in rejected)

@@ -1,6 +1,7 @@
 """The readers of chat exports: on real files where there are any, else on the documented shapes."""
 
 import copy
+import html
 import json
 import time
 from collections.abc import Iterator
@@ -1220,6 +1221,17 @@ def samples() -> Iterator[Any]:
     yield pytest.param(grok_export, id="grok_example.json")
 
 
+HARMFUL = (
+    '{"x": "\\ud83d"}',
+    "[" * 200_000,
+    "[" * 900 + "]" * 900,
+    '{"x": NaN}',
+    '{"x": 1e999}',
+    json.dumps('{"x": "\\ud83d"}'),
+)
+"""JSON texts inside JSON that no artifact can hold once they are read."""
+
+
 def places(value: Any) -> Iterator[tuple[Any, Any]]:
     """Every (container, key) in a value."""
     keys = value.keys() if isinstance(value, dict) else range(len(value))
@@ -1235,7 +1247,7 @@ def test_damage_anywhere_gives_conversations_or_reasons(sample: list[Any], which
     damaged = copy.deepcopy(sample)
     for container, key in list(places(damaged)):
         whole = container[key]
-        for bad in (None, 5, "x", [], {}, True, -1.5):
+        for bad in (None, 5, "x", [], {}, True, -1.5, HARMFUL[0], HARMFUL[2], HARMFUL[3]):
             container[key] = bad
             check(read(damaged, branches=which, sidechains=True, persona="Bob"))
         if isinstance(container, dict):
@@ -1248,11 +1260,28 @@ def test_damage_anywhere_gives_conversations_or_reasons(sample: list[Any], which
     assert damaged == sample
 
 
+@pytest.mark.parametrize("bad", HARMFUL)
+def test_arguments_in_an_open_webui_chat_that_are_no_json_stay_a_text(bad: str) -> None:
+    folded = f'<details type="tool_calls" name="f" arguments="{html.escape(bad)}">x</details>'
+    messages = {"1": {"role": "assistant", "content": folded}}
+    found = read([{"history": {"messages": messages, "currentId": "1"}}])
+    check(found)
+    (call,) = found[0][0].messages[0].tool_calls
+    assert isinstance(call["arguments"], str)
+
+
+@pytest.mark.parametrize("bad", HARMFUL)
+def test_a_reference_in_a_chatgpt_text_that_is_no_json_is_left_out(bad: str) -> None:
+    found = read([gpt(("1", None, f"user: a \ue200entity\ue202{bad}\ue201b"))])
+    check(found)
+    assert found[0][0].messages[0].content == "a b"
+
+
 def check(found: Found) -> None:
     chats, rejected = found
     assert chats or rejected
     for chat in chats:
-        json.dumps(chat.record())
+        json.dumps(chat.record(), ensure_ascii=False, allow_nan=False).encode()
         assert chat.messages
         for message in chat.messages:
             assert message.role in ("system", "user", "assistant", "tool")

@@ -788,9 +788,39 @@ def test_exports_of_chats_are_no_data_sets() -> None:
 # Whatever is wrong
 
 
+HARMFUL = (
+    '{"x": "\\ud83d"}',
+    '{"name": "\\ud83d", "arguments": {}}',
+    "[" * 900 + "]" * 900,
+    '{"name": "f", "arguments": NaN}',
+    '[{"name": "f", "x": 1e999}]',
+)
+"""JSON texts inside JSON that no artifact can hold once they are read."""
+
+
+@pytest.mark.parametrize("arguments", [*HARMFUL, "[" * 200_000, '{"a": -Infinity}'])
+def test_arguments_that_are_no_strict_json_stay_a_text(arguments: str) -> None:
+    call = {"function": {"name": "f", "arguments": arguments}}
+    found = one(
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "tool_calls": [call]},
+            ]
+        }
+    )
+    assert found.messages[1].tool_calls == ({"name": "f", "arguments": arguments},)
+
+
+@pytest.mark.parametrize("tools", [*HARMFUL, "[" * 200_000])
+def test_tools_that_are_no_strict_json_are_said(tools: str) -> None:
+    record = {**chat({"role": "assistant", "content": "b"}), "tools": tools}
+    assert "tools is a text that is not JSON" in reason(record)
+
+
 def damaged(value: Any) -> Iterator[Any]:
     """The value with each of its parts replaced by what does not belong there, or left out."""
-    for wrong in (None, 5, True, "x", "", [], {}, [5], {"a": 1}):
+    for wrong in (None, 5, True, "x", "", [], {}, [5], {"a": 1}, *HARMFUL):
         yield wrong
     if isinstance(value, dict | list):
         places = list(value) if isinstance(value, dict) else range(len(value))
@@ -928,4 +958,4 @@ def test_a_damaged_record_is_read_or_rejected_with_a_reason(sample: Any, branche
             for message in (*item.messages, *item.content.chosen, *item.content.rejected):
                 assert isinstance(message.content, str)
                 assert isinstance(message.thinking, str)
-            json.dumps(item.record())
+            json.dumps(item.record(), ensure_ascii=False, allow_nan=False).encode()

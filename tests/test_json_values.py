@@ -530,3 +530,45 @@ def test_real_files_give_what_json_gives() -> None:
         items = found(data, 1000, 10**9)
         expected = expected if isinstance(expected, list) else [expected]
         assert [item.value for item in items if isinstance(item, Value)] == expected, path
+
+
+@pytest.mark.parametrize("kind", ["{%s}", '{"a":1}\n{%s}\n{"a":2}', '[{"a":1},{%s},{"a":2}]'])
+@pytest.mark.parametrize("chunk", [1, 7, 10_000])
+def test_a_value_of_very_many_parts_is_refused_and_costs_only_itself(kind: str, chunk: int) -> None:
+    data = (kind % f'"m":[{"[]," * 30}0]').encode()
+    items = list(values(data, _chunk_bytes=chunk, _max_parts=40))
+    (item,) = [item for item in items if isinstance(item, Broken)]
+    assert "has more than 40 lists, objects and elements, the most for one record" in item.reason
+    assert len(items) == (1 if kind == "{%s}" else 3)
+
+
+@pytest.mark.parametrize("kind", ["{%s}", '{"a":1}\n{%s}\n{"a":2}', '[{"a":1},{%s},{"a":2}]'])
+def test_commas_and_brackets_in_texts_are_no_parts(kind: str) -> None:
+    text = json.dumps({"m": '[{,\\"' * 100})
+    data = kind.replace("{%s}", text).encode()
+    assert not [item for item in values(data, _max_parts=40) if isinstance(item, Broken)]
+
+
+def test_many_small_values_are_not_counted_together() -> None:
+    data = json.dumps([{"a": [1, 2, 3]}] * 100).encode()
+    assert len(list(values(data, _max_parts=10))) == 100
+
+
+def test_a_value_that_is_too_long_is_to_be_made_chat_by_chat() -> None:
+    (item,) = values(b'{"a": "' + b"x" * 100 + b'"}', _max_characters=50)
+    assert isinstance(item, Broken)
+    assert "is longer than 50 characters, the most for one record; export it chat by chat" in (
+        item.reason
+    )
+
+
+def test_a_record_of_very_many_lists_takes_little_memory() -> None:
+    data = b'{"metadata": [' + b"[]," * 1_000_000 + b"0]}"
+    tracemalloc.start()
+    try:
+        (item,) = values(data, _max_parts=100_000)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert isinstance(item, Broken)
+    assert peak < 20_000_000

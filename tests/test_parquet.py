@@ -325,3 +325,58 @@ def test_a_real_table_without_a_column_called_text_asks_for_one() -> None:
     assert len(found) == 5378
     assert isinstance(found[0], Value)
     assert list(found[0].value) == ["text", "unfairness_level"]
+
+
+BOMB = "expands to more than 100 times its size, as a bomb does"
+
+
+def repeated(kind: str) -> Any:
+    text = "a" * 1_000_000
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    if kind == "text":
+        return {"text": [text] * 300}
+    if kind == "categories":
+        return {"text": pa.array([text]).dictionary_encode().take(pa.array([0] * 300))}
+    if kind == "messages":
+        return {"messages": [messages] * 150}
+    if kind == "one row":
+        return {"messages": [messages * 150]}
+    return {"text": ["a"], "numbers": [[1] * 30_000_000]}
+
+
+@pytest.mark.parametrize("kind", ["text", "categories", "messages", "one row", "numbers"])
+def test_a_text_that_is_stored_once_and_used_without_end_is_refused(kind: str) -> None:
+    data = written(repeated(kind), compression="zstd")
+    assert len(data) < 5000
+    before = pa.total_allocated_bytes()
+    largest = 0
+    tracemalloc.start()
+    try:
+        reasons = []
+        for item in rows(io.BytesIO(data)):
+            reasons.append(item.reason if isinstance(item, Broken) else "")
+            largest = max(largest, pa.total_allocated_bytes() - before)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert reasons == [BOMB]
+    assert peak + largest < 100_000_000
+
+
+def test_a_text_that_is_used_often_is_no_bomb() -> None:
+    table = {"text": ["a" * 10_000] * 5000}
+    data = written(table, compression="zstd")
+    assert len(data) < 5000
+    assert read(data) == [{"text": "a" * 10_000}] * 5000
+
+
+def test_what_was_read_before_the_limit_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "FREE_BYTES", 1_000_000)
+    texts = [str(number) * 1000 for number in range(10_000)]
+    data = written({"text": texts}, compression="zstd", use_dictionary=False, row_group_size=500)
+    monkeypatch.setattr(parquet, "MAX_RATIO", 10)
+    *kept, last = read(data)
+    assert kept == [{"text": text} for text in texts[: len(kept)]]
+    assert kept
+    reason = "expands to more than 10 times its size, as a bomb does"
+    assert last == f"{reason}; the rows from {len(kept)} on are lost"

@@ -14,9 +14,14 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from runner.chat.personal_data import PERSONAL, SECRETS, redacted
 from runner.chat.text_window import CHUNK_BYTES, SURROGATE, Window, length
 
 MAX_DEPTH = 64
+MAX_TEXT_PARTS = 1_000_000
+"""A JSON text inside JSON is read when it has no more brackets that open, and commas."""
+SHOWN_MAX = 40
+"""Characters of a text that an error quotes."""
 NOTHING_AFTER_COMMA = "a comma with nothing after it"
 
 _SKIP_DEPTH = 10_000
@@ -24,6 +29,9 @@ _LONGEST_CUT = 16
 """The parser can stop this far before the cut: `-Infinit` and `\\ud83d\\ude0` are shorter."""
 _MARK = re.compile(r'["\[\]{},]')
 _NESTED_MARK = re.compile(r'["\[\]{}]')
+_SEARCHED_FOR_SECRETS = 1000
+_STRING_OR_MARK = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{},]', re.DOTALL)
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _REST_OF_STRING = re.compile(r'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 
 
@@ -40,11 +48,14 @@ def value(window: Window) -> Any:
     """The value that starts here; where it is refused, `at` stays."""
     while True:
         text, start = window.text, window.at
+        if (end := _end_of_parts(window)) is not None:
+            raise _refused_within(window, end, too_many(window))
         try:
             value, end = _decoder.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
             if len(text) - start > window.max_characters:
-                raise _refused_within(window, start + window.max_characters) from None
+                end = start + window.max_characters
+                raise _refused_within(window, end, too_long(window)) from None
             if not isinstance(error, json.JSONDecodeError):
                 raise Refused(_reason(error)) from None
             if window.ended or not _may_be_cut(error, len(text)):
@@ -67,10 +78,24 @@ def element(window: Window) -> Any:
     return found
 
 
+def text_value(text: str) -> Any:
+    """What a JSON text says that stands inside of JSON; raises Refused where it is none."""
+    if _parts(text, MAX_TEXT_PARTS) > MAX_TEXT_PARTS:
+        raise Refused(f"has more than {MAX_TEXT_PARTS:,} parts")
+    try:
+        value = _decoder.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise Refused(_reason(error)) from None
+    _check(value, escapes_surrogates="\\u" in text)
+    return value
+
+
 def line_value(window: Window, line: str, number: int, column: int) -> Any:
     """The value of a line that starts at this place and was taken from the window."""
     if window.undecodable and (wrong := SURROGATE.search(line)):
         raise Refused(window.not_text(wrong[0], number, column + wrong.start()))
+    if _parts(line, window.max_parts) > window.max_parts:
+        raise too_many(window)
     try:
         value = _decoder.decode(line)
     except json.JSONDecodeError as error:
@@ -132,7 +157,71 @@ def not_json(window: Window, what: str, position: int) -> str:
 
 
 def too_long(window: Window) -> Refused:
-    return Refused(f"is longer than {window.max_characters:,} characters")
+    return Refused(
+        f"is longer than {window.max_characters:,} characters, the most for one record; "
+        "export it chat by chat"
+    )
+
+
+def too_many(window: Window) -> Refused:
+    return Refused(
+        f"has more than {window.max_parts:,} lists, objects and elements, the most for one record; "
+        "export it chat by chat"
+    )
+
+
+def quoted(value: object) -> str:
+    """A value as an error shows it: short, and with secrets and personal data written over."""
+    return _quoting.repr(value)
+
+
+class _Quoting(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 2
+        self.maxother = self.maxlong = SHOWN_MAX
+
+    def repr_str(self, x: str, level: int) -> str:
+        clear = redacted(x[:_SEARCHED_FOR_SECRETS], SECRETS | PERSONAL)
+        is_whole = len(clear) <= SHOWN_MAX and len(x) <= _SEARCHED_FOR_SECRETS
+        return repr(clear) if is_whole else f"{clear[:SHOWN_MAX]!r}…"
+
+
+def _parts(text: str, enough: int) -> int:
+    """How many brackets open outside of strings, and commas; counted well where over `enough`."""
+    if len(text) <= enough:
+        return 0
+    count = sum(map(text.count, "[{,"))
+    if count > enough:
+        outside = _STRING.sub("", text)
+        count = sum(map(outside.count, "[{,"))
+    return count
+
+
+def _end_of_parts(window: Window) -> int | None:
+    """Where the value that starts here has more parts than it may, if that is in memory."""
+    text, start = window.text, window.at
+    if len(text) - start <= window.max_parts or not window.is_dense():
+        return None
+    if text[start] not in "[{":
+        return None
+    count = depth = 0
+    for mark in _STRING_OR_MARK.finditer(text, start):
+        match mark[0]:
+            case "[" | "{":
+                depth += 1
+                count += 1
+                if depth > _SKIP_DEPTH:
+                    return None  # the parser stops long before
+            case ",":
+                count += 1
+            case "]" | "}":
+                depth -= 1
+                if not depth:
+                    return None
+        if count > window.max_parts:
+            return mark.end()
+    return None
 
 
 def _pass_string(window: Window) -> None:
@@ -148,7 +237,7 @@ def _pass_string(window: Window) -> None:
             return
 
 
-def _refused_within(window: Window, end: int) -> Refused:
+def _refused_within(window: Window, end: int, otherwise: Refused) -> Refused:
     """Why there is no value in the text up to `end`, the same however much is in memory."""
     try:
         _decoder.raw_decode(window.text[:end], window.at)
@@ -157,7 +246,7 @@ def _refused_within(window: Window, end: int) -> Refused:
             return _refused(window, error, cut=False)
     except (ValueError, RecursionError) as error:
         return Refused(_reason(error))
-    return too_long(window)
+    return otherwise
 
 
 def _refused(window: Window, error: json.JSONDecodeError, *, cut: bool) -> Refused:
@@ -216,7 +305,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         ((most, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise Refused(f"has the key {reprlib.repr(most)} twice in one object")
+        raise Refused(f"has the key {quoted(most)} twice in one object")
     return found
 
 
@@ -276,3 +365,4 @@ def _not_json_at(what: str, line: int, column: int) -> str:
 
 _decoder = json.JSONDecoder(object_pairs_hook=_object, parse_float=_float, parse_constant=_constant)
 _lenient = json.JSONDecoder(parse_int=len)
+_quoting = _Quoting()

@@ -21,8 +21,10 @@ from runner.chat.conversation import Rejected
 from runner.chat.json_parser import Refused
 from runner.chat.text_window import CHUNK_BYTES, Unreadable, Window, length
 
-MAX_RECORD_CHARACTERS = 2**28
+MAX_RECORD_CHARACTERS = 2**26
 """No line, no element of a list and no other value may be longer."""
+MAX_RECORD_PARTS = 4_000_000
+"""No value may have more lists, objects and elements: each takes memory, up to 200 bytes."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 _LOOK_CHARACTERS = 2**22
@@ -74,15 +76,15 @@ def values(
     *,
     _chunk_bytes: int = CHUNK_BYTES,
     _max_characters: int = MAX_RECORD_CHARACTERS,
+    _max_parts: int = MAX_RECORD_PARTS,
 ) -> Iterator[Value | Broken]:
     """The values in a file in order; `Broken` where there is none to be read.
 
     The file is read once, from where it stands, and need not be seekable. An `Unreadable` raised
     by its `read` becomes the last `Broken`; other errors of `read` go up.
     """
-    window = Window(
-        io.BytesIO(file) if isinstance(file, bytes) else file, _chunk_bytes, _max_characters
-    )
+    opened = io.BytesIO(file) if isinstance(file, bytes) else file
+    window = Window(opened, _chunk_bytes, _max_characters, _max_parts)
     try:
         yield from _file(window)
     except Unreadable as error:

@@ -24,11 +24,15 @@ class Window:
     Reading on moves `at`, so a position in `text` lives no longer than to the next `more`.
     """
 
-    def __init__(self, file: BinaryIO, chunk_bytes: int, max_characters: int) -> None:
+    def __init__(
+        self, file: BinaryIO, chunk_bytes: int, max_characters: int, max_parts: int
+    ) -> None:
         self.file = file
         self.chunk_bytes = chunk_bytes
         self.max_characters = max_characters
         """No line and no value may be longer."""
+        self.max_parts = max_parts
+        """No value may have more brackets that open, and commas."""
         self.text = ""
         self.at = 0
         self.begun = False
@@ -42,6 +46,7 @@ class Window:
         self._ahead = b""
         self._undecoded = b""
         self._last_bytes = b""
+        self._dense: bool | None = None
         self._start = (0, 1, 1)  # of `text`: position, line, column
         self._known = (0, 1, 1)  # a later position
 
@@ -59,13 +64,15 @@ class Window:
         return head
 
     def more(self) -> bool:
-        """Reads on, at least as much as is kept; False at the end of the file."""
+        """Reads on, as much as is kept, but not far beyond the longest value; False at the end."""
         if self.ended:
             return False
         self.forget()
-        data = self._read(max(self.chunk_bytes, len(self.text)))
+        room = max(0, self.max_characters - len(self.text))
+        data = self._read(max(self.chunk_bytes, min(len(self.text), 2 * room)))
         self.ended = not data
         self.text += self._decoded(data)
+        self._dense = None
         return True
 
     def place(self) -> tuple[int, int]:
@@ -107,6 +114,12 @@ class Window:
         if self._utf16:
             return f"is not UTF-16 text: half a character {place}"
         return f"is not UTF-8 text: byte 0x{ord(wrong) - 0xDC00:02X} {place} is not valid"
+
+    def is_dense(self) -> bool:
+        """Whether the text has more brackets that open, and commas, than one value may have."""
+        if self._dense is None:
+            self._dense = sum(map(self.text.count, "[{,")) > self.max_parts
+        return self._dense
 
     def forget(self) -> None:
         """Drops what is done with."""

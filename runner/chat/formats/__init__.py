@@ -39,7 +39,9 @@ from runner.chat.formats import (
     turns,
 )
 from runner.chat.formats.reading import Nothing, Options, Unreadable
+from runner.chat.json_parser import quoted
 from runner.chat.json_values import Broken, Value
+from runner.chat.personal_data import PERSONAL, SECRETS, redacted
 
 Claims = Callable[[Mapping[str, Any]], bool]
 Each = Callable[[Mapping[str, Any], Options], Iterable[Content]]
@@ -86,6 +88,8 @@ FORMATS: dict[str, Format] = {
 
 
 UNKNOWN = "no known format"
+REASON_MAX = 1000
+"""Characters of a reason: it may quote several values."""
 
 
 def read(
@@ -93,8 +97,21 @@ def read(
 ) -> Iterator[Conversation | Rejected]:
     """Every conversation in the values of one file, and every record that is none, and why.
 
-    `format` is a name in `FORMATS`, or `auto` to tell it by shape.
+    `format` is a name in `FORMATS`, or `auto` to tell it by shape. A reason may quote what stands
+    in the file, so secrets and personal data in it are written over.
     """
+    for found in _read(path, items, format, options):
+        if isinstance(found, Rejected):
+            clear = redacted(found.reason[: 2 * REASON_MAX], SECRETS | PERSONAL)
+            short = clear if len(clear) <= REASON_MAX else f"{clear[:REASON_MAX]}…"
+            yield replace(found, reason=short)
+        else:
+            yield found
+
+
+def _read(
+    path: str, items: Iterable[Value | Broken], format: str, options: Options
+) -> Iterator[Conversation | Rejected]:
     together: dict[str, list[Value]] = {}
     for item in items:
         if isinstance(item, Broken):
@@ -127,7 +144,7 @@ def _format_of(record: object, format: str, options: Options) -> str | Unreadabl
         return fits[0]
     if fits:
         return Unreadable(f"fits {' and '.join(fits)}; say which with `format:`")
-    keys = ", ".join(repr(key) for key in list(record)[:6]) or "none"
+    keys = ", ".join(quoted(key) for key in list(record)[:6]) or "none"
     wanted = UNKNOWN if format == "auto" else f"not in the format {format!r}"
     return Unreadable(f"{wanted}; its keys are {keys}")
 

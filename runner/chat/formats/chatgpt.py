@@ -6,7 +6,6 @@ which the branch that ends in `current_node` is what the page shows.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,7 +18,9 @@ from runner.chat.formats.reading import (
     joined,
     list_of,
     object_of,
+    parsed_json,
     role_of,
+    shortened,
     text_of,
 )
 
@@ -38,7 +39,7 @@ def each(record: Mapping[str, Any], options: Options) -> Iterator[Content]:
     nodes = object_of(record["mapping"], "mapping")
     parents = _parents(nodes)
     entries = {
-        id: exports.Entry(_message(node, f"message {id}"), parents[id], _time(node))
+        id: exports.Entry(_message(node, f"message {shortened(id)}"), parents[id], _time(node))
         for id, node in nodes.items()
     }
     said = exports.branches(entries, options.branches, record.get("current_node"))
@@ -139,10 +140,7 @@ def _shown(reference: re.Match[str]) -> str:
     if kind == "url" and arguments:
         return arguments[0]
     if kind == "entity" and arguments:
-        try:
-            about = json.loads(arguments[0])
-        except (ValueError, RecursionError):
-            return ""
+        about = parsed_json(arguments[0])
         if isinstance(about, list) and len(about) > 1 and isinstance(about[1], str):
             return about[1]
     return ""

@@ -8,7 +8,6 @@ object with the same records under `loglines`.
 from __future__ import annotations
 
 import json
-import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from runner.chat.formats.reading import (
     object_of,
     text_of,
 )
+from runner.chat.json_parser import quoted
 from runner.chat.json_values import Value
 
 NOT_BY_THE_USER = (
@@ -75,7 +75,7 @@ def whole(records: Sequence[Value], options: Options) -> Iterator[tuple[Value, C
             if isinstance(raw, dict):
                 web.append(_Line(item, raw, f"{what}'s message"))
             else:
-                yield item, f"{what} must be an object, not {reprlib.repr(raw)}"
+                yield item, f"{what} must be an object, not {quoted(raw)}"
         yield from _file(item, web, options)
     if lines:
         yield from _file(lines[0].item, lines, options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from runner.chat.formats.reading import (
     role_of,
     text_of,
 )
+from runner.chat.json_parser import quoted
 
 
 def claims(record: Mapping[str, Any]) -> bool:
@@ -51,7 +51,7 @@ def _versions(raw: object, what: str) -> tuple[list[Any], int]:
     versions = list_of(found.get("versions"), f"{what}'s versions")
     selected = found.get("currentlySelected", len(versions) - 1)
     if isinstance(selected, bool) or not isinstance(selected, int):
-        raise Unreadable(f"{what} has currentlySelected {reprlib.repr(selected)}, not a number")
+        raise Unreadable(f"{what} has currentlySelected {quoted(selected)}, not a number")
     if not 0 <= selected < len(versions):
         raise Unreadable(f"{what} has {len(versions)} versions, and number {selected} selected")
     return versions, selected

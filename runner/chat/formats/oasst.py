@@ -8,7 +8,6 @@ out with all that answers them; synthetic ones, which a model wrote, are kept.
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,8 +20,10 @@ from runner.chat.formats.reading import (
     list_of,
     object_of,
     role_of,
+    shortened,
     text_of,
 )
+from runner.chat.json_parser import quoted
 from runner.chat.json_values import Value
 
 _IDS = ("message_id", "user_message_id")
@@ -67,7 +68,8 @@ def _is_message(record: Mapping[str, Any]) -> bool:
 
 def _node(raw: object, item: Value) -> _Node:
     record = object_of(raw, "a message of the tree")
-    what = f"message {_id(record, _IDS)}" if _id(record, _IDS) else "a message without an id"
+    id = _id(record, _IDS)
+    what = f"message {shortened(id)}" if id else "a message without an id"
     said = Message(role_of(record.get("role"), what), text_of(record.get("text"), what))
     return _Node(record, item, said)
 
@@ -85,7 +87,7 @@ def _tree(item: Value) -> _Node:
     waiting = [root]
     while waiting:
         node = waiting.pop()
-        what = f"replies of message {_id(node.record, _IDS)}"
+        what = f"replies of message {shortened(_id(node.record, _IDS))}"
         node.answers = [_node(reply, item) for reply in list_of(node.record.get("replies"), what)]
         waiting += node.answers
     return root
@@ -97,7 +99,7 @@ def _forest(records: Sequence[Value], options: Options) -> Iterator[tuple[Value,
         name = _id(item.value, _IDS)
         try:
             if not name or name in nodes:
-                same = f"has the id {reprlib.repr(name)} of another message before it"
+                same = f"has the id {quoted(name)} of another message before it"
                 raise Unreadable(same if name else f"has no id; it would be in {_IDS[0]!r}")
             nodes[name] = _node(item.value, item)
         except Unreadable as error:
@@ -112,7 +114,7 @@ def _forest(records: Sequence[Value], options: Options) -> Iterator[tuple[Value,
         elif parent in nodes:
             nodes[parent].answers.append(node)
         else:
-            missing = f"answers the message {reprlib.repr(above)}, which is missing"
+            missing = f"answers the message {quoted(above)}, which is missing"
             lost.append((node, missing))
     circling = dict.fromkeys(nodes)
     for root in roots:

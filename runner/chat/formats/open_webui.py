@@ -17,6 +17,7 @@ from runner.chat.formats.reading import (
     object_of,
     parsed_json,
     role_of,
+    shortened,
     text_of,
 )
 
@@ -43,7 +44,7 @@ def each(record: Mapping[str, Any], options: Options) -> Iterator[Content]:
         messages = {str(n): raw for n, raw in enumerate(row)}
         parents = {str(n): str(n - 1) if n else None for n in range(len(row))}
     entries = {
-        id: exports.Entry(_message(raw, f"message {id}"), parents[id], _time(raw))
+        id: exports.Entry(_message(raw, f"message {shortened(id)}"), parents[id], _time(raw))
         for id, raw in messages.items()
     }
     said = exports.branches(entries, options.branches, history.get("currentId"))

@@ -9,7 +9,6 @@ told apart by `result`. A label of true says that the conversation's last reply 
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from runner.chat.conversation import Content, Message, Role
 from runner.chat.formats import anthropic, instruct, messages, prompt_completion, sharegpt, turns
 from runner.chat.formats.reading import Options, Unreadable
+from runner.chat.json_parser import quoted
 
 Messages = tuple[Message, ...]
 _Each = Callable[[Mapping[str, Any], Options], Iterator[Content]]
@@ -44,7 +44,7 @@ def _labelled(record: Mapping[str, Any], options: Options) -> Iterator[Content]:
     assert name is not None, "is claimed"
     assert read is not None, "is claimed"
     if not isinstance(record[name], bool | int | float):
-        raise Unreadable(f"{name} must be true or false, not {reprlib.repr(record[name])}")
+        raise Unreadable(f"{name} must be true or false, not {quoted(record[name])}")
     for content in read(plain, options):
         spoken = [said for said in content.messages if not said.says_nothing]
         if not spoken or spoken[-1].role != "assistant":
@@ -72,7 +72,7 @@ def _by_result(record: Mapping[str, Any], names: tuple[str, str]) -> tuple[str, 
         return names
     result = record.get("result")
     if result not in ("left", "right"):
-        raise Unreadable(f"result is {reprlib.repr(result)}, so neither answer is the better one")
+        raise Unreadable(f"result is {quoted(result)}, so neither answer is the better one")
     return (left, right) if result == "left" else (right, left)
 
 
@@ -139,7 +139,7 @@ def _whole(record: Mapping[str, Any], name: str, asked: Messages) -> Messages:
         return answer or (*asked, Message("assistant", value))
     if not isinstance(value, list | dict):
         raise Unreadable(
-            f"{name} must be a text, a message or a list of messages, not {reprlib.repr(value)}"
+            f"{name} must be a text, a message or a list of messages, not {quoted(value)}"
         )
     alone = {**record, name: [value]} if isinstance(value, dict) else record
     answer = turns.messages(alone, name)

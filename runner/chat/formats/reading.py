@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from runner.chat.conversation import ROLE_WORDS, Role
+from runner.chat.json_parser import Refused, quoted, text_value
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,7 @@ def role_of(word: object, what: str) -> Role:
     """The role that a source calls `word`; raises Unreadable with `what` (`message 3`) in it."""
     role = ROLE_WORDS.get(word.lower()) if isinstance(word, str) else None
     if role is None:
-        raise Unreadable(
-            f"{what} has role {reprlib.repr(word)}; roles are system, user, assistant, tool"
-        )
+        raise Unreadable(f"{what} has role {quoted(word)}; roles are system, user, assistant, tool")
     return role
 
 
@@ -50,14 +47,14 @@ def text_of(value: object, what: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise Unreadable(f"{what} must be a text, not {reprlib.repr(value)}")
+        raise Unreadable(f"{what} must be a text, not {quoted(value)}")
     return value
 
 
 def object_of(value: object, what: str) -> Mapping[str, Any]:
     """A JSON object; raises Unreadable for anything else."""
     if not isinstance(value, dict):
-        raise Unreadable(f"{what} must be an object, not {reprlib.repr(value)}")
+        raise Unreadable(f"{what} must be an object, not {quoted(value)}")
     return value
 
 
@@ -66,8 +63,13 @@ def list_of(value: object, what: str) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise Unreadable(f"{what} must be a list, not {reprlib.repr(value)}")
+        raise Unreadable(f"{what} must be a list, not {quoted(value)}")
     return value
+
+
+def shortened(name: str) -> str:
+    """A name from a file as an error shows it: what is quoted, without the marks around it."""
+    return quoted(name).replace("'", "")
 
 
 def joined(texts: list[str]) -> str:
@@ -76,10 +78,13 @@ def joined(texts: list[str]) -> str:
 
 
 def parsed_json(value: object) -> Any:
-    """What a JSON text inside JSON says (arguments of tool calls); itself where it is none."""
+    """What a JSON text inside JSON says (arguments of tool calls); itself where it is none.
+
+    It is none where a file would not be either: with NaN, half a character, or too deep.
+    """
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except ValueError:
+        return text_value(value)
+    except Refused:
         return value

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from runner.chat.conversation import ROLE_WORDS, Content, Message
 from runner.chat.formats.reading import Options, Unreadable, text_of
+from runner.chat.json_parser import quoted
 from runner.chat.json_values import Value
 
 TEXT_KEYS = {"user": "userInput", "assistant": "claudeOutputText"}
@@ -32,6 +32,6 @@ def _message(record: Mapping[str, Any]) -> Message:
     sender = record["sender"]
     role = ROLE_WORDS.get(sender.lower()) if isinstance(sender, str) else None
     if role not in ("user", "assistant"):
-        raise Unreadable(f"sender is {reprlib.repr(sender)}; it must be 'User' or 'Claude'")
+        raise Unreadable(f"sender is {quoted(sender)}; it must be 'User' or 'Claude'")
     # Both keys may be present, the other one empty; an absent or null text is an empty one.
     return Message(role, text_of(record.get(TEXT_KEYS[role]), TEXT_KEYS[role]))

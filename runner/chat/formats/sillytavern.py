@@ -5,13 +5,13 @@ The character speaks first. Messages of several characters in a group chat are a
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from runner.chat.conversation import Content, Message, Role
 from runner.chat.formats import exports
 from runner.chat.formats.reading import Nothing, Options, Unreadable, text_of
+from runner.chat.json_parser import quoted
 from runner.chat.json_values import Value
 
 
@@ -65,7 +65,7 @@ def _versions(record: Mapping[str, Any]) -> tuple[list[Message], int]:
     extra = record.get("extra")
     extra = extra if isinstance(extra, dict) else {}
     if record["is_user"] not in (True, False):
-        raise Unreadable(f"is_user is {reprlib.repr(record['is_user'])}, not true or false")
+        raise Unreadable(f"is_user is {quoted(record['is_user'])}, not true or false")
     role: Role = "user" if record["is_user"] else "assistant"
     if extra.get("type") == "narrator":
         role = "system"

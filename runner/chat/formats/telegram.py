@@ -6,14 +6,21 @@ and all others are the user. A silence of more than six hours begins a new conve
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from runner.chat.conversation import Content, Message
 from runner.chat.formats import exports
-from runner.chat.formats.reading import Nothing, Options, Unreadable, list_of, object_of
+from runner.chat.formats.reading import (
+    Nothing,
+    Options,
+    Unreadable,
+    list_of,
+    object_of,
+    shortened,
+)
+from runner.chat.json_parser import quoted
 from runner.chat.json_values import Value
 
 SILENCE_S = 6 * 3600
@@ -56,13 +63,13 @@ def _chats(record: Mapping[str, Any], persona: str) -> Iterator[Content | str]:
         chats = inside.get("list") if isinstance(inside, dict) else None
         if not isinstance(chats, list):
             if list_name in record:
-                yield f"{list_name}.list must be a list, not {reprlib.repr(chats)}"
+                yield f"{list_name}.list must be a list, not {quoted(chats)}"
             continue
         for n, raw in enumerate(chats):
             what = f"{list_name}.list, chat {n}"
             count += 1
             if not isinstance(raw, dict):
-                yield f"{what} must be an object, not {reprlib.repr(raw)}"
+                yield f"{what} must be an object, not {quoted(raw)}"
                 continue
             for found in _chat(raw, persona, owner):
                 yield found if isinstance(found, Content) else type(found)(f"{what}: {found}")
@@ -117,7 +124,7 @@ def _message(raw: object, what: str) -> _Said | None:
     message = object_of(raw, what)
     if message.get("type") != "message":
         return None
-    what = f"{what} (id {reprlib.repr(message.get('id'))})"
+    what = f"{what} (id {quoted(message.get('id'))})"
     is_passed_on = any(key in message for key in ("forwarded_from", "forwarded_from_id"))
     name, date = message.get("from"), message.get("date")
     time = exports.seconds(message.get("date_unixtime"))
@@ -134,12 +141,12 @@ def _text(text: object, what: str) -> str:
     if text is None or isinstance(text, str):
         return text if text and text.strip() else ""
     if not isinstance(text, list):
-        raise Unreadable(f"{what} has text {reprlib.repr(text)}, which is no text and no list")
+        raise Unreadable(f"{what} has text {quoted(text)}, which is no text and no list")
     parts: list[str] = []
     for raw in text:
         part = raw.get("text") if isinstance(raw, dict) else raw
         if not isinstance(part, str):
-            raise Unreadable(f"{what} has {reprlib.repr(raw)} in its text")
+            raise Unreadable(f"{what} has {quoted(raw)} in its text")
         parts.append(part)
     return "".join(parts) if "".join(parts).strip() else ""
 
@@ -156,7 +163,8 @@ def _replies(
 ) -> set[tuple[str | None, str | None]]:
     """The sender whose messages are the replies, under each name; raises Unreadable, who it is."""
     senders = list(dict.fromkeys(one.sender for one in said))
-    here = ", ".join(list(dict.fromkeys(str(name or id) for id, name in senders))[:6])
+    names = list(dict.fromkeys(str(name or id) for id, name in senders))
+    here = ", ".join(map(shortened, names[:6]))
     if persona:
         if found := {sender for sender in senders if persona in sender}:
             return found

@@ -6,7 +6,6 @@ that fits two of them says the same in both.
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from runner.chat.formats.reading import (
     role_of,
     text_of,
 )
+from runner.chat.json_parser import quoted
 
 LISTS = ("messages", "conversations", "conversation")
 """The names that a record's list of messages goes by."""
@@ -123,7 +123,7 @@ def tools(record: Mapping[str, Any]) -> tuple[Any, ...]:
         if isinstance(value, str):
             value = parsed_json(value) if value.strip() else None
             if isinstance(value, str):
-                raise Unreadable(f"{name} is a text that is not JSON: {reprlib.repr(value)}")
+                raise Unreadable(f"{name} is a text that is not JSON: {quoted(value)}")
         if found := [value] if isinstance(value, dict) else list_of(value, name):
             return tuple(found)
     return ()
@@ -194,7 +194,7 @@ def _is_learned(found: Mapping[str, Any], what: str) -> bool:
     for name in ("weight", "loss_weight"):
         weight = found.get(name)
         if not isinstance(weight, int | float | None):
-            raise Unreadable(f"{what} has {name} {reprlib.repr(weight)}; it must be 0 or 1")
+            raise Unreadable(f"{what} has {name} {quoted(weight)}; it must be 0 or 1")
         if weight == 0:
             return False
     return _is_trained(found, what)
@@ -203,7 +203,7 @@ def _is_learned(found: Mapping[str, Any], what: str) -> bool:
 def _is_trained(found: Mapping[str, Any], what: str) -> bool:
     train = found.get("train")
     if not isinstance(train, bool | None):
-        raise Unreadable(f"{what} has train {reprlib.repr(train)}; it must be true or false")
+        raise Unreadable(f"{what} has train {quoted(train)}; it must be true or false")
     return train is not False
 
 
@@ -233,7 +233,7 @@ def _calls(value: object, what: str) -> Iterator[Mapping[str, Any]]:
         if isinstance(call.get(name), dict):
             call = call[name]
     if not (isinstance(call.get("name"), str) and call["name"].strip()):
-        raise Unreadable(f"{what} has a tool call without a name: {reprlib.repr(value)}")
+        raise Unreadable(f"{what} has a tool call without a name: {quoted(value)}")
     arguments = call["arguments"] if "arguments" in call else call.get("input")
     yield {"name": call["name"], "arguments": parsed_json(arguments)}
 
@@ -279,7 +279,7 @@ def _part(raw: object, what: str) -> _Part | None:
     part = object_of(raw, what)
     kind = part.get("type", "text")
     if not isinstance(kind, str):
-        raise Unreadable(f"{what} has type {reprlib.repr(kind)}; it must be a word such as 'text'")
+        raise Unreadable(f"{what} has type {quoted(kind)}; it must be a word such as 'text'")
     if kind in _TEXT_PARTS:
         text = text_of(_first_of(part, _TEXT_KEYS, what), what)
         is_piece = bool(part.get("citations"))
