@@ -284,3 +284,10 @@ def test_many_finds_are_no_burden() -> None:
     draw = random.Random(1)
     mails = [f"{draw.randrange(10**9)}@mail.ru" for _ in range(5000)]
     assert len(found(" ".join(mails))) == 5000
+
+
+def test_half_a_surrogate_pair_stays_the_escape_that_it_was() -> None:
+    text = r'{"e":"foo\u0040gmail.com","x":"\ud83d"}'
+    found = redacted_value(text, PERSONAL)
+    assert found == r'{"e": "[email]", "x": "\ud83d"}'
+    assert found.encode()

@@ -124,7 +124,11 @@ def _redacted_text(text: str, kinds: frozenset[Kind]) -> str:
         return text
     after = _parsed(text)
     inner = redacted_value(before if after is None else after, kinds)
-    return text if after is not None and inner == after else json.dumps(inner, ensure_ascii=False)
+    if after is not None and inner == after:
+        return text
+    written = json.dumps(inner, ensure_ascii=False)
+    # Half of a surrogate pair can only stand in a file as the escape that it was.
+    return json.dumps(inner) if _SURROGATE.search(written) else written
 
 
 def _parsed(text: str) -> Any:
@@ -293,6 +297,7 @@ def _email(candidate: str) -> Span | None:
     return None if name == "git" or _RESERVED_DOMAIN.search(domain) else (0, len(candidate))
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _DIGITS = re.compile(r"\d+", re.ASCII)
 _DECIMAL = re.compile(r"\d\.\d+", re.ASCII)
 _NO_PASSWORD = re.compile(
