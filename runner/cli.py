@@ -361,7 +361,8 @@ def _export_data(options: argparse.Namespace) -> int:
     stale = [step.step.name for step in planned[: last + 1] if step.state != "skip"]
     if options.json:
         written = [{"path": str(path), "windows": count} for path, count in counts.items()]
-        _print_json({"shape": options.shape, "written": written, "lost": dict(lost)})
+        record = {"shape": options.shape, "written": written, "lost": dict(lost), "stale": stale}
+        _print_json(record)
         return 0
     for path, count in counts.items():
         print(f"wrote {path}: {count} window{'' if count == 1 else 's'}")

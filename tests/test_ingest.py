@@ -16,7 +16,7 @@ from runner.engine import execute, store
 from runner.engine.workspace import Workspace
 from runner.errors import PreconditionError, RunnerError
 from runner.stages import ingest
-from tests.workspaces import apply, chat, make, ran, rows
+from tests.workspaces import apply, chat, make, rows
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 RECIPE = """\
@@ -226,16 +226,6 @@ def test_nothing_to_read_says_what_was_found_instead(tmp_path: Path) -> None:
     (tmp_path / "chats" / "bad.json").write_text("[1]")
     with pytest.raises(PreconditionError, match=r"1 × a record must be .*chats/bad\.json record 0"):
         apply(recipe)
-
-
-def test_unchanged_conversations_stop_a_run_after_ingest(tmp_path: Path) -> None:
-    recipe = make(tmp_path)
-    apply(recipe)
-    path = tmp_path / "chats" / "chat-0.json"
-    path.write_text(json.dumps(json.loads(path.read_text()), indent=2))
-    log: list[dict[str, Any]] = []
-    apply(recipe, log.append)
-    assert ran(log) == ["ingest"]
 
 
 def test_what_says_nothing_is_reported_but_not_bad(tmp_path: Path) -> None:
