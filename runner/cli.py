@@ -18,8 +18,8 @@ from runner.errors import DriftError, InterruptedRun, PreconditionError, RecipeE
 
 if TYPE_CHECKING:
     from runner.chat.shapes import Shape
-    from runner.engine.execute import Opened
-    from runner.engine.plan import Planned
+    from runner.engine.opened import Opened
+    from runner.engine.plan import Choice
     from runner.engine.recipe import Step
 
 EXIT_CODES = """\
@@ -29,7 +29,7 @@ exit codes:
   2   wrong usage, or a mistake in the recipe
   3   something is missing: a file, a package, disk space
   4   another apply is at work (apply --no-wait)
-  5   something would change (plan --check)
+  5   something would change (plan --check, apply --locked)
   75  interrupted; state saved, the same command continues
 """
 
@@ -76,6 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if options.debug:
             raise
+        from runner import disk
+
+        full = disk.full(error, Path(error.filename or "."))
+        if full is not None:
+            _report(full.message, full.hint, full.exit_code, as_json=options.json)
+            return full.exit_code
         where = f": {error.filename}" if error.filename is not None else ""
         what = f"{error.strerror or error}{where}"
         hint = "check that it is there, and that you may read it, or write to it"
@@ -109,6 +115,14 @@ def _parser() -> argparse.ArgumentParser:
             found.add_argument(
                 "--workspace", type=Path, metavar="DIR", help="folder that its paths start from"
             )
+            found.add_argument(
+                "--set",
+                action="append",
+                default=[],
+                dest="overrides",
+                metavar="STAGE.KEY=VALUE",
+                help="another value than the recipe's, for this command",
+            )
         found.add_argument("--json", action="store_true", help="print JSON for programs")
         found.add_argument("--debug", action="store_true", help="log more, show tracebacks")
         return found
@@ -122,6 +136,34 @@ def _parser() -> argparse.ArgumentParser:
     apply.add_argument(
         "--no-wait", action="store_true", help="exit 4 when another apply is at work"
     )
+    for asked in (plan, apply):
+        asked.add_argument(
+            "--locked", action="store_true", help="exit 5 when the lockfile would change"
+        )
+        which = asked.add_mutually_exclusive_group()
+        which.add_argument(
+            "--only",
+            action="append",
+            default=[],
+            metavar="STAGE",
+            help="this stage alone, from what those above made last",
+        )
+        which.add_argument(
+            "--from",
+            dest="start",
+            metavar="STAGE",
+            help="this stage and what follows from it, from what those above made last",
+        )
+        asked.add_argument(
+            "--force",
+            action="append",
+            default=[],
+            metavar="STAGE",
+            help="run this stage even if its output is known",
+        )
+        asked.add_argument(
+            "--paranoid", action="store_true", help="read all files again, trust no dates"
+        )
     cat = command("cat", _cat, "print what a stage made, as JSON lines")
     cat.add_argument("stage", metavar="STAGE", help="the stage's name")
     for view, what in (
@@ -168,6 +210,20 @@ def _parser() -> argparse.ArgumentParser:
         "--max-tokens", type=_count, default=256, metavar="N", help="longest reply (256)"
     )
     command("status", _status, "say what was made last, from what, and how large it is")
+    diff = command("diff", _diff, "say what changed since another version of the lockfile")
+    diff.add_argument(
+        "revision", nargs="?", default="HEAD", metavar="REV", help="a commit, branch or tag (HEAD)"
+    )
+    verify = command("verify", _verify, "check that every output is there, and is what it was")
+    verify.add_argument(
+        "--quick", action="store_true", help="only hash what is there, make nothing again"
+    )
+    gc = command("gc", _gc, "show what is in the store and not needed any more", recipe=False)
+    gc.add_argument("named", nargs="*", metavar="HASH", help="a trained model that may go too")
+    gc.add_argument("--delete", action="store_true", help="delete it")
+    gc.add_argument("--forget", type=Path, metavar="DIR", help="a workspace that is gone for good")
+    gc.add_argument("--workspace", type=Path, default=Path(), metavar="DIR", help="whose store")
+    command("push", _push, "copy what is made to the remote cache of runner.yaml")
     schema = command("schema", _schema, "print the JSON Schema of recipes", recipe=False)
     schema.add_argument("--write", type=Path, metavar="FILE", help="write it there instead")
     return parser
@@ -230,51 +286,42 @@ def _validate(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from runner.engine import execute
+    from runner.engine import opened
+    from runner.ui import plan
 
-    with execute.opened(options.recipe, options.workspace) as current:
-        planned = current.plan()
-    work = [step for step in planned if step.state != "skip"]
+    with opened.at(options.recipe, options.workspace, options.overrides) as current:
+        shown = plan.shown(current, _choice(options))
     if options.json:
-        _print_json([_planned_record(step) for step in planned])
-    elif not work:
-        print("nothing to do")
+        _print_json(plan.record(shown))
     else:
-        _print_plan(planned)
-    if work and options.check and options.json:
-        return DriftError.exit_code
+        print(plan.text(shown))
+    blocked = [step for step in shown.planned if step.problem is not None]
+    if blocked and not options.json:
+        raise PreconditionError(f"{blocked[0].step.name} cannot run", hint=str(blocked[0].problem))
+    work = [step.step.name for step in shown.planned if step.state != "skip"]
+    if blocked:
+        return PreconditionError.exit_code
     if work and options.check:
-        raise DriftError(f"{len(work)} stages would run", hint="run `runner apply`")
+        if not options.json:
+            raise DriftError(f"{', '.join(work)} would run", hint="run `runner apply`")
+        return DriftError.exit_code
     return 0
 
 
-def _planned_record(planned: Planned) -> dict[str, Any]:
-    causes = [{"reason": cause.reason, "text": cause.text} for cause in planned.causes]
-    return {
-        "stage": planned.step.name,
-        "state": planned.state,
-        "causes": causes,
-        "output": planned.output,
-    }
+def _choice(options: argparse.Namespace) -> Choice:
+    from runner.engine.plan import Choice
 
-
-def _print_plan(planned: Sequence[Planned]) -> None:
-    """The stages that would run, each with its causes; the others are one line."""
-    from runner.engine.words import escaped
-
-    words = {"run": "run", "maybe": "run unless nothing changes above"}
-    width = max(len(step.step.name) for step in planned)
-    for step in planned:
-        if step.state != "skip":
-            causes = escaped("; ".join(cause.text for cause in step.causes))
-            print(f"{step.step.name:{width}}  {words[step.state]}: {causes}")
-    skipped = [step.step.name for step in planned if step.state == "skip"]
-    if skipped:
-        print(f"nothing to do for {', '.join(skipped)}")
+    return Choice(
+        only=tuple(options.only),
+        start=options.start,
+        force=tuple(options.force),
+        locked=options.locked,
+        paranoid=options.paranoid,
+    )
 
 
 def _apply(options: argparse.Namespace) -> int:
-    from runner.engine import execute
+    from runner.engine import execute, opened
 
     shown: list[Any] = []
 
@@ -291,19 +338,23 @@ def _apply(options: argparse.Namespace) -> int:
         except BrokenPipeError:
             _mute()  # nobody looks any more, which is no reason to stop the run
 
-    with execute.opened(options.recipe, options.workspace) as current:
+    with opened.at(options.recipe, options.workspace, options.overrides) as current:
         try:
-            planned = execute.apply(current, listen, wait=not options.no_wait)
+            planned = execute.apply(
+                current, listen, choice=_choice(options), wait=not options.no_wait
+            )
         finally:
             for view in shown:
                 view.close()
-        results = current.workspace.links(current.compiled.name)
+        results = current.links
     did = any(step.state != "skip" for step in planned)
     if options.json:
         if not did:
             _print_json({"event": "nothing_to_do", "recipe": current.compiled.name})
     elif did:
         print(f"done; the results are in {_near(results)}")
+    elif any(step.is_left_out for step in planned):
+        print("nothing to do for the stages that were asked for")
     else:
         print("nothing to do: everything is up to date")
     return 0
@@ -315,7 +366,7 @@ def _near(path: Path) -> Path:
 
 
 def _cat(options: argparse.Namespace) -> int:
-    from runner.engine import execute
+    from runner.engine import opened
     from runner.engine.words import escaped
     from runner.ui import artifacts
 
@@ -324,7 +375,7 @@ def _cat(options: argparse.Namespace) -> int:
             f"--as and --{options.view} exclude each other", hint="leave one of them out"
         )
     terminal = sys.stdout.isatty()
-    with execute.opened(options.recipe, options.workspace) as current:
+    with opened.at(options.recipe, options.workspace, options.overrides) as current:
         step = current.compiled.step(options.stage)
         if options.shape:
             return _cat_windows(current, step, options.shape)
@@ -350,11 +401,11 @@ def _cat_windows(opened: Opened, step: Step, shape: Shape) -> int:
 
 
 def _export_data(options: argparse.Namespace) -> int:
-    from runner.engine import execute
+    from runner.engine import opened
     from runner.ui import export_data
 
     lost: export_data.Lost = export_data.Lost()
-    with execute.opened(options.recipe, options.workspace) as current:
+    with opened.at(options.recipe, options.workspace, options.overrides) as current:
         counts = export_data.write(current, options.shape, options.to, lost)
         planned = current.plan()
     last = max(n for n, step in enumerate(planned) if step.step.kind == "split")
@@ -375,10 +426,10 @@ def _export_data(options: argparse.Namespace) -> int:
 
 
 def _preview(options: argparse.Namespace) -> int:
-    from runner.engine import execute
+    from runner.engine import opened
     from runner.ui import preview
 
-    with execute.opened(options.recipe, options.workspace) as current:
+    with opened.at(options.recipe, options.workspace, options.overrides) as current:
         preview.show(current, options.n, as_json=options.json, colour=_colour())
     return 0
 
@@ -388,14 +439,14 @@ def _colour() -> bool:
 
 
 def _chat(options: argparse.Namespace) -> int:
-    from runner.engine import execute
+    from runner.engine import opened
     from runner.ui import chat
 
     if options.base and options.gguf:
         raise RecipeError("--base and --gguf exclude each other", hint="leave one of them out")
     if options.compare is None and options.once is None and not sys.stdin.isatty():
         raise PreconditionError("there is no terminal to chat in", hint="use --once PROMPT")
-    with execute.opened(options.recipe, options.workspace) as current:
+    with opened.at(options.recipe, options.workspace, options.overrides) as current:
         if options.compare is not None:
             chat.compare(current, options.compare, options.gguf, options.max_tokens, options.json)
         else:
@@ -405,15 +456,78 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from runner.engine import execute
+    from runner.engine import opened
     from runner.ui import status
 
-    with execute.opened(options.recipe, options.workspace) as current:
-        records = status.records(current)
+    with opened.at(options.recipe, options.workspace, options.overrides) as current:
+        found = status.record(current)
     if options.json:
-        _print_json(records)
+        _print_json(found)
     else:
-        print(status.text(records))
+        print(status.text(found))
+    return 0
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from runner.engine import opened
+    from runner.ui import diff
+
+    with opened.at(options.recipe, options.workspace, options.overrides) as current:
+        changes = diff.since(current, options.revision)
+    if options.json:
+        _print_json(diff.records(changes))
+    else:
+        print(diff.text(changes, options.revision))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from runner.engine import opened, verify
+
+    with opened.at(options.recipe, options.workspace, options.overrides) as current:
+        found = []
+        for checked in verify.outputs(current, rebuild=not options.quick):
+            found.append(checked)
+            if not options.json:
+                print(f"{checked.stage}: {checked.text}", flush=True)
+    if options.json:
+        _print_json([checked.record() for checked in found])
+    wrong = [checked.stage for checked in found if not checked.is_right]
+    if wrong and not options.json:
+        raise RunnerError(
+            f"{', '.join(wrong)}: not what the lockfile says",
+            hint="`runner apply --paranoid` makes again what can be made again",
+        )
+    return RunnerError.exit_code if wrong else 0
+
+
+def _gc(options: argparse.Namespace) -> int:
+    from runner.engine import gc, store, workspace
+    from runner.ui import garbage
+
+    space = workspace.at(options.workspace)
+    if options.forget:
+        store.forget(space, options.forget)
+    found = gc.find(space, named=options.named)
+    if options.delete:
+        gc.delete(space, found)
+    if options.json:
+        _print_json(garbage.record(found, deleted=options.delete))
+    else:
+        print(garbage.text(found, deleted=options.delete))
+    return 0
+
+
+def _push(options: argparse.Namespace) -> int:
+    from runner.engine import execute, opened
+
+    with opened.at(options.recipe, options.workspace, options.overrides) as current:
+        pushed = [step.step.name for step in execute.push(current)]
+        name = current.elsewhere.name
+    if options.json:
+        _print_json({"pushed": pushed})
+    else:
+        print(f"{', '.join(pushed) or 'nothing'}: now in {name}")
     return 0
 
 

@@ -19,6 +19,9 @@ from runner.errors import PreconditionError
 MARGIN_BYTES = 1_000_000
 """Left free, because file systems need some room for themselves."""
 
+NAME_CHARS = 50
+"""Of a name that a temporary one takes over: with four bytes each, it fits into 255."""
+
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
@@ -31,7 +34,7 @@ def write_whole(path: Path, data: bytes) -> None:
 @contextmanager
 def being_written(path: Path) -> Iterator[Path]:
     """A path to write to, beside `path`; takes that name when it is complete and on the disk."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = beside_of(path)
     try:
         yield beside
         sync_file(beside)
@@ -40,6 +43,11 @@ def being_written(path: Path) -> Iterator[Path]:
         with suppress(FileNotFoundError):
             beside.unlink()
     sync_folder(path.parent)
+
+
+def beside_of(path: Path) -> Path:
+    """A hidden name in the same folder that only this process uses, never too long for a name."""
+    return path.with_name(f".{path.name[:NAME_CHARS]}.{os.getpid()}.tmp")
 
 
 def publish(staged: Path, final: Path) -> None:
@@ -62,11 +70,11 @@ def publish(staged: Path, final: Path) -> None:
 
 def point(link: Path, target: Path) -> None:
     """Makes `link` lead to the folder `target`, atomically where the system has symbolic links."""
-    relative = os.path.relpath(target, link.parent)
-    if link.is_symlink() and str(link.readlink()) == relative:
+    if points(link, target):
         return
+    relative = os.path.relpath(target, link.parent)
     link.parent.mkdir(parents=True, exist_ok=True)
-    beside = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    beside = beside_of(link)
     beside.unlink(missing_ok=True)
     try:
         beside.symlink_to(relative, target_is_directory=True)
@@ -101,6 +109,18 @@ def sync_folder(path: Path) -> None:
         sync_file(path)
 
 
+def points(link: Path, target: Path) -> bool:
+    """Whether `link` leads to the folder `target`, which is there."""
+    if link.is_symlink():
+        return str(link.readlink()) == os.path.relpath(target, link.parent)
+    return link.exists() and link.resolve() == target.resolve()  # a junction
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(one for one in (path, *path.absolute().parents) if one.exists())
+
+
 def remove(path: Path) -> None:
     """Removes a folder or a file that may not be there."""
     if path.is_dir() and not path.is_symlink():
@@ -110,7 +130,9 @@ def remove(path: Path) -> None:
 
 
 def size(folder: Path) -> int:
-    """Bytes of all files below the folder."""
+    """Bytes of all files below the folder, or of a file."""
+    if folder.is_file():
+        return folder.stat().st_size
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -128,8 +150,8 @@ def full(error: Exception, where: Path, needed: int = 0) -> PreconditionError | 
     said = said or "disk is full" in str(error)  # SQLite
     if getattr(error, "errno", None) not in _FULL and not said:
         return None
-    existing = next(path for path in (where, *where.absolute().parents) if path.exists())
-    return _no_room(existing, shutil.disk_usage(existing).free, needed)
+    place = existing(where)
+    return _no_room(place, shutil.disk_usage(place).free, needed)
 
 
 def _no_room(folder: Path, free: int, needed: int) -> PreconditionError:

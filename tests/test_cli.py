@@ -67,7 +67,7 @@ def test_the_whole_of_a_data_recipe_by_command(tmp_path: Path) -> None:
     recipe = str(make(tmp_path))
     assert "ingest → window → split" in run("validate", recipe).stdout
     plan = run("plan", recipe).stdout.splitlines()
-    assert plan[0] == "ingest  run: it has not run yet"
+    assert plan[0] == "ingest  run: it has not run yet (6 files to read)"
     assert run("plan", recipe, "--check").returncode == 5
     done = run("apply", recipe)
     assert done.returncode == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.engine import events, execute, worker
+from runner.engine import child, cost, events, execute, opened, plan, worker
 from runner.errors import BusyError, PreconditionError, RunnerError
 from runner.stages import ingest
 from tests.workspaces import DATA_RECIPE, apply, chat, make, planned, ran, rows, states
@@ -56,7 +56,9 @@ def test_a_failed_stage_leaves_nothing_half_written(tmp_path: Path) -> None:
         apply(recipe)
     assert not recipe.with_suffix(".lock").exists()
     assert not (tmp_path / "artifacts" / "small").exists()
-    objects = [p for p in (tmp_path / "artifacts" / "store").iterdir() if p.name != "tmp"]
+    objects = [
+        p for p in (tmp_path / "artifacts" / "store").iterdir() if p.is_dir() and p.name != "tmp"
+    ]
     assert objects == []
     log = next((tmp_path / "artifacts" / "runs").glob("*/events.jsonl"))
     assert list(events.read(log))[-1]["state"] == "failed"
@@ -69,9 +71,9 @@ def test_outputs_do_not_depend_on_the_order_of_the_folder(
     apply(recipe)
     before = recipe.with_suffix(".lock").read_bytes()
     shutil.rmtree(tmp_path / "artifacts")
-    found = execute.plan.workspace.matching
+    found = plan.workspace.matching
     monkeypatch.setattr(
-        execute.plan.workspace, "matching", lambda *arguments: list(reversed(found(*arguments)))
+        plan.workspace, "matching", lambda *arguments: list(reversed(found(*arguments)))
     )
     apply(recipe)
     assert recipe.with_suffix(".lock").read_bytes() == before
@@ -130,6 +132,9 @@ def test_a_full_disk_is_a_sentence_and_the_next_run_succeeds(
     try:
         for number in range(60):
             chat(tmp_path / "chats" / f"long-{number}.json", "q" * 3000, f"a{number}" * 1500)
+        with pytest.raises(PreconditionError, match=r"kB free, and this run writes about .* kB"):
+            apply(recipe)
+        monkeypatch.setattr(cost, "check", lambda *arguments: None)
         with pytest.raises(PreconditionError, match="the disk is full") as caught:
             apply(recipe)
         assert "free some space" in caught.value.hint
@@ -144,10 +149,12 @@ def test_a_full_disk_is_a_sentence_and_the_next_run_succeeds(
 def test_a_second_apply_waits_or_says_that_it_may_not(tmp_path: Path) -> None:
     recipe = make(tmp_path)
     with (
-        execute.opened(recipe) as current,
-        execute._locked(current.workspace, True, lambda event: None),
+        opened.at(recipe) as current,
+        execute._locked(current, True, lambda event: None),
     ):
-        with pytest.raises(BusyError, match="another apply is at work"):
+        with pytest.raises(
+            BusyError, match=rf"another apply \({recipe}, process \d+, since .*\) is"
+        ):
             execute.apply(current, lambda event: None, wait=False)
         second = subprocess.Popen([sys.executable, "-m", "runner", "apply", str(recipe)])
         time.sleep(1)
@@ -164,14 +171,14 @@ def test_an_interrupted_apply_exits_75_and_goes_on_next_time(
     for count in range(2000):
         chat(tmp_path / "chats" / f"many-{count}.json", *[f"text {count} {n}" for n in range(40)])
     command = [sys.executable, "-m", "runner", "apply", str(recipe), "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
-        assert child.stdout is not None
-        for line in child.stdout:
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
             if json.loads(line)["event"] == "stage_started":
-                child.send_signal(number)
+                process.send_signal(number)
                 break
-        last = child.stdout.read().decode().splitlines()[-1]
-        assert child.wait(60) == 75
+        last = process.stdout.read().decode().splitlines()[-1]
+        assert process.wait(60) == 75
     assert json.loads(last)["exit_code"] == 75
     apply(recipe)
     assert set(states(recipe).values()) == {"skip"}
@@ -182,14 +189,14 @@ def test_kills_at_any_moment_lose_nothing(tmp_path: Path) -> None:
     recipe = make(tmp_path, chats=200)
     for attempt in range(12):
         chat(tmp_path / "chats" / f"new-{attempt}.json", "more", f"data {attempt}")
-        child = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "runner", "apply", str(recipe)],
             stdout=subprocess.DEVNULL,
             start_new_session=True,
         )
         time.sleep(0.1 + 0.04 * attempt)
-        child.kill()
-        child.wait()
+        process.kill()
+        process.wait()
         for link in (tmp_path / "artifacts" / "small").glob("*"):
             assert link.is_symlink()
             assert link.exists()
@@ -228,8 +235,8 @@ def test_a_stage_in_a_process_of_its_own_reports_its_error(tmp_path: Path) -> No
 def test_a_killed_child_is_explained(tmp_path: Path) -> None:
     log = tmp_path / "train.log"
     log.write_text("loading\n\n")
-    assert "memory runs out; last words: loading" in execute._crash("train", -9, log)
-    assert execute._crash("train", 3, log) == "train ended with exit code 3: loading"
+    assert "memory runs out; last words: loading" in child.crash("train", -9, log)
+    assert child.crash("train", 3, log) == "train ended with exit code 3: loading"
 
 
 def test_a_missing_package_of_an_extra_is_a_sentence() -> None:

@@ -13,7 +13,7 @@ from runner import cli
 from runner.chat import files
 from runner.chat.conversation import Conversation
 from runner.chat.shapes import Shape, shaped
-from runner.engine import execute
+from runner.engine import opened
 from runner.errors import PreconditionError, RunnerError
 from runner.ui import export_data
 from tests.workspaces import DATA_RECIPE, apply, make, rows
@@ -152,7 +152,7 @@ def test_windows_are_those_that_were_made_and_not_those_of_an_edited_recipe(
 def test_train_and_eval_are_written_whole_and_read_back(tmp_path: Path, shape: Shape) -> None:
     recipe = made(tmp_path)
     lost = export_data.Lost()
-    with execute.opened(Path(recipe)) as current:
+    with opened.at(Path(recipe)) as current:
         counts = export_data.write(current, shape, tmp_path / "out", lost)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "eval_dataset.jsonl",
@@ -201,7 +201,7 @@ def test_a_lockfile_that_is_gone_asks_for_an_apply(tmp_path: Path) -> None:
     apply(recipe)
     recipe.with_suffix(".lock").unlink()
     with (
-        execute.opened(recipe) as current,
+        opened.at(recipe) as current,
         pytest.raises(PreconditionError, match="the lockfile does not say what split was made"),
     ):
         export_data.write(current, "messages", tmp_path, export_data.Lost())

@@ -92,9 +92,7 @@ def test_a_damaged_artifact_is_replaced_when_it_is_made_again(tmp_path: Path) ->
     output = planned(recipe)["ingest"].output
     assert output is not None
     (store.path_of(Workspace(tmp_path), output) / "conversations.jsonl").write_text("")
-    (tmp_path / "artifacts" / "state.db").unlink()
-    recipe.with_suffix(".lock").unlink()
-    apply(recipe)
+    apply(recipe, force=("ingest",))
     assert store.content_hash(store.path_of(Workspace(tmp_path), output)) == output
 
 
@@ -143,7 +141,7 @@ def test_a_relative_source_stays_in_the_workspace(tmp_path: Path, source: str) -
     (tmp_path / "inside").mkdir()
     recipe = make(tmp_path / "inside", DATA_RECIPE.replace("chats", source))
     with pytest.raises(PreconditionError, match="leads out of the workspace"):
-        planned(recipe)
+        apply(recipe)
 
 
 def test_a_link_does_not_lead_out_of_the_workspace(tmp_path: Path) -> None:
@@ -152,7 +150,7 @@ def test_a_link_does_not_lead_out_of_the_workspace(tmp_path: Path) -> None:
     recipe = make(tmp_path / "inside")
     (tmp_path / "inside" / "chats" / "link.json").symlink_to(outside)
     with pytest.raises(PreconditionError, match="is a link that leads out"):
-        planned(recipe)
+        apply(recipe)
 
 
 def test_the_artifacts_are_no_source(tmp_path: Path) -> None:
@@ -323,7 +321,7 @@ def test_a_file_that_never_rests_is_said(tmp_path: Path, monkeypatch: pytest.Mon
     signature = state._signature
     monkeypatch.setattr(state, "_signature", lambda status: (next(counter), *signature(status)[1:]))
     with pytest.raises(RunnerError, match="keeps changing while it is read"):
-        planned(recipe)
+        apply(recipe)
     shutil.rmtree(tmp_path / "chats")
 
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from runner.chat.formats import FORMATS
-from runner.engine import execute, store
+from runner.engine import opened, store
 from runner.engine.workspace import Workspace
 from runner.errors import PreconditionError, RunnerError
 from runner.stages import ingest
@@ -195,7 +195,7 @@ def test_nothing_around_the_run_changes_the_output(tmp_path: Path) -> None:
         environment = {**os.environ, "PYTHONHASHSEED": seed, "LC_ALL": locale, "TZ": "Asia/Tokyo"}
         command = [sys.executable, "-m", "runner", "apply", str(recipe)]
         subprocess.run(command, check=True, capture_output=True, env=environment)
-        with execute.opened(recipe) as current:
+        with opened.at(recipe) as current:
             (planned,) = current.plan()
         outputs.add(planned.output)
         assert planned.output is not None

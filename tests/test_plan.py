@@ -89,15 +89,17 @@ def test_files_that_are_still_being_written_do_not_count(tmp_path: Path, name: s
 
 def test_a_source_that_is_not_there_says_where_it_was_looked_for(tmp_path: Path) -> None:
     recipe = make(tmp_path, DATA_RECIPE.replace("chats", "chatz"))
-    with pytest.raises(PreconditionError, match=r"source 'chatz' is not there \(looked for"):
-        planned(recipe)
+    (cause,) = causes(recipe, "ingest")
+    assert cause.startswith("source 'chatz' is not there (looked for")
+    assert causes(recipe, "split") == ["window, which it reads, cannot run"]
+    assert set(states(recipe).values()) == {"blocked"}
 
 
 def test_a_folder_without_files_says_so(tmp_path: Path) -> None:
     recipe = make(tmp_path, chats=0)
     (tmp_path / "chats").mkdir()
     with pytest.raises(PreconditionError, match="ingest: no files in chats"):
-        planned(recipe)
+        apply(recipe)
 
 
 def test_a_missing_base_model_is_found_before_anything_runs(tmp_path: Path) -> None:
@@ -109,6 +111,12 @@ def test_a_missing_base_model_is_found_before_anything_runs(tmp_path: Path) -> N
     recipe.write_text(recipe.read_text().replace("models/none", "package:nope/x.gguf"))
     with pytest.raises(PreconditionError, match="package 'nope' is not installed"):
         apply(recipe)
+    assert states(recipe) == {
+        "ingest": "run",
+        "window": "run",
+        "split": "run",
+        "tokenize": "blocked",
+    }
     assert not (tmp_path / "artifacts" / "runs").exists()
 
 

@@ -34,6 +34,12 @@ def test_the_committed_schema_is_the_one_of_the_classes() -> None:
     assert committed == json_schema(), "run `runner schema --write schemas/recipe.schema.json`"
 
 
+def test_editors_ask_for_stages_where_no_other_recipe_gives_them() -> None:
+    schema = json_schema()
+    assert schema["required"] == ["name"]
+    assert schema["anyOf"] == [{"required": ["stages"]}, {"required": ["extends"]}]
+
+
 def test_every_setting_has_a_sentence_for_editors() -> None:
     schema = json_schema()
     for name, definition in [("Recipe", schema), *schema["$defs"].items()]:
@@ -179,7 +185,7 @@ def test_defaults_are_frozen() -> None:
 
 
 def test_the_recipe_class_has_no_other_fields() -> None:
-    assert list(Recipe.model_fields) == ["name", "base_model", "seed", "stages"]
+    assert list(Recipe.model_fields) == ["name", "extends", "base_model", "seed", "stages"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from runner import disk
 from runner.errors import InterruptedRun, PreconditionError, RunnerError
 from runner.model import batches, checkpoint, load, lora, packing, score, sft, token_files
 from tests import tiny_models
@@ -455,6 +458,133 @@ def test_a_full_disk_is_said_with_the_bytes_needed_and_costs_no_checkpoint(
     events: list[dict[str, Any]] = []
     tiny_models.trained(base, files, tmp_path, events=events)
     assert [e["step"] for e in events if "loss" in e] == [3, 4, 5, 6]
+
+
+@contextmanager
+def small_disk(mount: Path, size: str) -> Iterator[None]:
+    """A file system of so many bytes."""
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mount)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+def grow(mount: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=99m", str(mount)], check=True)
+
+
+# A checkpoint to go on from takes 1.7 MB, one without optimizer state a third of it.
+WIDE = {"rank": 128, "every_steps": 1, "epochs": 99}
+
+
+def test_a_training_of_76_checkpoints_completes_on_a_disk_that_holds_few(
+    base: Path, files: Path, tmp_path: Path
+) -> None:
+    events: list[dict[str, Any]] = []
+    with small_disk(tmp_path / "small", "9m"):
+        tiny_models.trained(base, files, tmp_path / "small", events=events, max_steps=76, **WIDE)
+    assert sum(event["event"] == "checkpoint" for event in events) == 76
+    assert not [event for event in events if event["event"] == "warning"]
+
+
+def test_a_full_disk_costs_the_checkpoints_that_training_can_do_without(
+    base: Path, files: Path, tmp_path: Path
+) -> None:
+    tiny_models.trained(base, files, tmp_path / "large", max_steps=9, **WIDE)
+    events: list[dict[str, Any]] = []
+    left: list[tuple[int, list[int], list[int]]] = []
+
+    def emit(event: dict[str, Any]) -> None:
+        events.append(event)
+        if event["event"] == "warning":
+            found, _ = checkpoint.published(tmp_path / "small" / "scratch")
+            resumable = [one.step for one in found if checkpoint.can_resume(one)]
+            left.append((max(one.step for one in found), [one.step for one in found], resumable))
+
+    with small_disk(tmp_path / "small", "5400k"):
+        tiny_models.trained(base, files, tmp_path / "small", emit=emit, max_steps=9, **WIDE)
+        assert_same_bits(tmp_path / "large", tmp_path / "small")
+        evals = eval_losses(tmp_path / "small")
+    assert left
+    for newest, steps, resumable in left:
+        best = min((s for s in evals if s <= newest), key=lambda step: evals[step])
+        assert (steps, resumable) == (sorted({best, newest}), [newest])
+    assert any(
+        event["event"] == "warning"
+        and event["text"].startswith("the disk is full: ")
+        and "MB of old checkpoints went; kept: step-00000" in event["text"]
+        for event in events
+    )
+
+
+def test_a_training_without_room_stops_and_goes_on_from_its_last_checkpoint(
+    base: Path, files: Path, tmp_path: Path
+) -> None:
+    tiny_models.trained(base, files, tmp_path / "large", max_steps=5, **WIDE)
+    with small_disk(tmp_path / "small", "3600k"):
+        with pytest.raises(
+            PreconditionError, match="the disk is full: 2 MB are needed, 2 MB are free"
+        ) as caught:
+            tiny_models.trained(base, files, tmp_path / "small", max_steps=5, **WIDE)
+        assert caught.value.hint.endswith("the training goes on after step 1")
+        assert [p.name for p in (tmp_path / "small" / "scratch").iterdir()] == ["step-000001"]
+        grow(tmp_path / "small")
+        events: list[dict[str, Any]] = []
+        tiny_models.trained(base, files, tmp_path / "small", events=events, max_steps=5, **WIDE)
+        assert [e["step"] for e in events if "loss" in e] == [2, 3, 4, 5]
+        assert_same_bits(tmp_path / "large", tmp_path / "small")
+
+
+def test_a_disk_that_fills_in_the_middle_of_any_write_damages_nothing(
+    base: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "MARGIN_BYTES", -100_000)  # else it is seen before
+    tiny_models.trained(base, files, tmp_path / "large", every_steps=1)
+    in_the_middle = 0
+    for size in range(40, 400, 24):
+        work = tmp_path / f"{size}k"
+        with small_disk(work, f"{size}k"):
+            error = None
+            try:
+                tiny_models.trained(base, files, work, every_steps=1)
+            except PreconditionError as caught:
+                error = caught
+            if error:
+                assert "the disk is full: 0 MB are needed" in error.message
+                in_the_middle += error.__cause__.__cause__ is not None  # not by check_room
+                assert not (work / "output").exists()
+                _, damaged = checkpoint.published(work / "scratch")
+                assert not damaged
+                grow(work)
+                tiny_models.trained(base, files, work, every_steps=1)
+            assert_same_bits(tmp_path / "large", work)
+    assert in_the_middle >= 5
+
+
+def test_a_model_without_room_is_written_from_the_checkpoint_by_the_next_run(
+    base: Path, files: Path, tmp_path: Path
+) -> None:
+    tiny_models.trained(base, files, tmp_path / "large")
+    filler = tmp_path / "small" / "filler"
+
+    def emit(event: dict[str, Any]) -> None:
+        if event["event"] == "checkpoint" and event["step"] == 6:
+            filler.write_bytes(bytes(shutil.disk_usage(tmp_path / "small").free))
+
+    with small_disk(tmp_path / "small", "3m"):
+        with pytest.raises(PreconditionError, match="the disk is full") as caught:
+            tiny_models.trained(base, files, tmp_path / "small", emit=emit)
+        assert caught.value.hint.endswith("the training goes on after step 6")
+        assert not (tmp_path / "small" / "output").exists()
+        filler.unlink()
+        events: list[dict[str, Any]] = []
+        tiny_models.trained(base, files, tmp_path / "small", events=events)
+        assert [event["event"] for event in events] == ["verdict"]
+        assert_same_bits(tmp_path / "large", tmp_path / "small")
 
 
 def test_evaluating_leaves_the_gradient_of_4_bit_layers_as_it_is(tmp_path: Path) -> None:

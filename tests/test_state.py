@@ -53,13 +53,5 @@ def test_a_damaged_database_is_put_aside(tmp_path: Path) -> None:
     path = tmp_path / "state.db"
     path.write_bytes(b"this is no database" * 100)
     with State(path) as state:
-        assert state.made("k") == []
+        assert state.manifest("k") is None
     assert path.with_suffix(".damaged").exists()
-
-
-def test_the_newest_output_of_a_key_comes_first(tmp_path: Path) -> None:
-    with State(tmp_path / "state.db") as state:
-        state.remember("k", "a", "train", {"loss": 1.5}, 2.0)
-        state.remember("k", "b", "train", {}, 3.0)
-        assert [made.output for made in state.made("k")] == ["b", "a"]
-        assert state.made("k")[1].metrics == {"loss": 1.5}

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from runner import disk
-from runner.ui import preview, progress, words
+from runner.engine import words
+from runner.ui import preview, progress
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from runner.engine import events, execute, plan
+from runner.engine import events, execute, opened, plan
 
 DATA_RECIPE = """\
 name: small
@@ -49,19 +49,25 @@ def make(root: Path, recipe: str = DATA_RECIPE, chats: int = 6) -> Path:
 
 
 def apply(
-    recipe: Path, listen: Callable[[events.Event], None] = lambda event: None
+    recipe: Path,
+    listen: Callable[[events.Event], None] = lambda event: None,
+    *,
+    overrides: Sequence[str] = (),
+    **choice: Any,
 ) -> tuple[plan.Planned, ...]:
-    with execute.opened(recipe) as current:
-        return execute.apply(current, listen)
+    with opened.at(recipe, overrides=overrides) as current:
+        return execute.apply(current, listen, choice=plan.Choice(**choice))
 
 
-def planned(recipe: Path) -> dict[str, plan.Planned]:
-    with execute.opened(recipe) as current:
-        return {step.step.name: step for step in current.plan()}
+def planned(
+    recipe: Path, *, overrides: Sequence[str] = (), **choice: Any
+) -> dict[str, plan.Planned]:
+    with opened.at(recipe, overrides=overrides) as current:
+        return {step.step.name: step for step in current.plan(plan.Choice(**choice))}
 
 
-def states(recipe: Path) -> dict[str, str]:
-    return {name: step.state for name, step in planned(recipe).items()}
+def states(recipe: Path, **asked: Any) -> dict[str, str]:
+    return {name: step.state for name, step in planned(recipe, **asked).items()}
 
 
 def causes(recipe: Path, stage: str) -> list[str]:

@@ -6,6 +6,7 @@ Every event has `event` and `time` (seconds since 1970); those of a stage have `
     stage_started     causes
     stage_finished    output, seconds, and the stage's metrics
     stage_skipped     output
+    stage_restored    output, bytes, origin
     progress          done, total, unit
     metrics           step, steps, loss, eval_loss, learning_rate, grad_norm, tokens_per_second, …
     checkpoint        step, path, bytes, eval_loss

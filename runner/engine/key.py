@@ -23,12 +23,14 @@ def components(
     sources: str | None,
     base_model: str | None,
     seed: int | None,
+    env: str | None = None,
 ) -> Components:
     """What decides an output: plain data, without the parts that a stage does not have.
 
     `settings` holds only values other than the default, so that a setting added later changes no
     key; `inputs` the content hashes of the artifacts read; `sources` the hash of the manifest of
-    source files; `base_model` the hash of its files, or hub id and commit.
+    source files; `base_model` the hash of its files, or hub id and commit; `env` that of library
+    versions and GPU, for stages that are to run again when these change.
     """
     found: Components = {
         "kind": kind,
@@ -38,6 +40,7 @@ def components(
         "sources": sources,
         "base_model": base_model,
         "seed": seed,
+        "env": env,
     }
     return {name: value for name, value in found.items() if value not in (None, {})}
 

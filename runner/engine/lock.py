@@ -21,9 +21,8 @@ HEADER = (
     "# Written by runner; commit it. Each line is a fact: this stage, made from this, gave that.\n"
 )
 HASH = re.compile("[0-9a-f]{64}")
-FACT_PARTS = frozenset(
-    ("stage", "output", "kind", "version", "settings", "inputs", "sources", "base_model", "seed")
-)
+PARTS = ("kind", "version", "settings", "inputs", "sources", "base_model", "seed", "env")
+FACT_PARTS = frozenset(("stage", "output", *PARTS))
 CONFLICT_MARKERS = ("<<<<<<<", "=======", ">>>>>>>", "|||||||")
 
 
@@ -68,23 +67,34 @@ def path_of(recipe: Path) -> Path:
 def read(path: Path) -> Lock:
     """The lockfile's facts; none when there is no file. A line that is no fact is an error."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return parsed(path.read_bytes(), str(path))
     except FileNotFoundError:
         return Lock()
+
+
+def parsed(data: bytes, name: str) -> Lock:
+    """The facts and pins in the bytes of a lockfile that messages call `name`."""
+    try:
+        text = data.decode()
     except UnicodeDecodeError as error:
-        raise _no_fact(path, error.object.count(b"\n", 0, error.start) + 1) from None
+        raise _no_fact(name, data.count(b"\n", 0, error.start) + 1) from None
     facts: list[Fact] = []
     pins: list[Pin] = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip() or line.startswith(("#", *CONFLICT_MARKERS)):
             continue
-        record = _record(path, number, line)
+        record = _record(name, number, line)
         if "commit" in record:
             pins.append(Pin(record["base_model"], record["commit"]))
         else:
             parts = {k: v for k, v in record.items() if k not in ("stage", "output")}
             facts.append(Fact(record["stage"], record["output"], parts))
     return Lock(tuple(facts), tuple(pins))
+
+
+def hashes(data: bytes) -> set[str]:
+    """Every content hash in the bytes of a lockfile, whatever else is wrong with them."""
+    return {match.decode() for match in re.findall(rb"[0-9a-f]{64}", data)}
 
 
 def text_of(lock: Lock) -> str:
@@ -107,14 +117,14 @@ def updated(lock: Lock, fact: Fact, stages: Iterable[str]) -> Lock:
     return Lock(tuple(latest[name] for name in stages if name in latest), lock.pins)
 
 
-def _record(path: Path, number: int, line: str) -> dict[str, Any]:
+def _record(name: str, number: int, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line.removeprefix("- "))
         if isinstance(record, dict) and (_is_pin(record) or _is_fact(record)):
             return record
     except (ValueError, RecursionError):
         pass
-    raise _no_fact(path, number)
+    raise _no_fact(name, number)
 
 
 def _is_pin(record: dict[str, Any]) -> bool:
@@ -124,7 +134,7 @@ def _is_pin(record: dict[str, Any]) -> bool:
 def _is_fact(record: dict[str, Any]) -> bool:
     """Whether every part has its type, and every output is a hash and no path."""
     inputs = record.get("inputs", {})
-    texts = (record.get(name, "") for name in ("stage", "kind", "sources", "base_model"))
+    texts = (record.get(name, "") for name in ("stage", "kind", "sources", "base_model", "env"))
     return (
         {"stage", "output", "kind", "version"} <= record.keys() <= FACT_PARTS
         and _all(texts, str)
@@ -141,9 +151,9 @@ def _all(values: Iterable[object], kind: type) -> bool:
     return all(isinstance(value, kind) for value in values)
 
 
-def _no_fact(path: Path, number: int) -> RecipeError:
+def _no_fact(name: str, number: int) -> RecipeError:
     return RecipeError(
-        f"{path}:{number}: this line of the lockfile is no fact",
+        f"{name}:{number}: this line of the lockfile is no fact",
         hint="take the file from git again, or delete it: then everything is computed anew",
     )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from runner.engine import key, lock, store, workspace
+from runner.engine import environment, facts, key, lock, state, store, workspace
+from runner.engine.elsewhere import Elsewhere
+from runner.engine.facts import Made
 from runner.engine.recipe import Compiled, Step
 from runner.engine.state import State
 from runner.engine.workspace import Workspace
@@ -26,45 +28,100 @@ Reason = Literal[
     "base model",
     "seed",
     "stage version",
+    "environment",
     "output missing",
+    "forced",
     "upstream runs",
     "not pinned",
+    "left out",
+    "blocked",
 ]
 
 
 @dataclass(frozen=True)
 class Cause:
-    """Why a stage runs: which part of its key changed, and how, in words."""
+    """Why a stage is in its state: which part of its key changed, from what to what, in words.
+
+    `what` is the setting, input or file that is meant; `old` and `new` are None where there is no
+    value, or none that can be shown.
+    """
 
     reason: Reason
     text: str
+    what: str = ""
+    old: Any = None
+    new: Any = None
 
 
 @dataclass(frozen=True)
 class Planned:
     """What will become of a stage.
 
-    `maybe`: a stage above runs, and this one too unless that gives the same output as before.
-    `output` is known for a stage to skip, and foreseen for one that is only rebuilt.
+    `skip`: its output is known and here, or it is left out. `restore`: known, and fetched from the
+    remote cache. `run`. `maybe`: a stage above runs, and this one too unless that gives the same
+    output as before. `blocked`: it cannot run, and `problem` says what is missing.
+
+    `output` is known for a stage to skip or restore, and foreseen for one that is only rebuilt.
     """
 
     step: Step
-    state: Literal["skip", "run", "maybe"]
+    state: Literal["skip", "restore", "run", "maybe", "blocked"]
     causes: tuple[Cause, ...] = ()
     parts: key.Components | None = None
     output: str | None = None
     sources: tuple[SourceFile, ...] = ()
+    problem: PreconditionError | None = None
+
+    @property
+    def is_left_out(self) -> bool:
+        return any(cause.reason == "left out" for cause in self.causes)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is asked for beside the recipe.
+
+    `only` these stages run, or those from `start` on, and the others stay as they were made last;
+    `force` makes a stage run though its output is known; `locked` allows no other output than the
+    lockfile's; `paranoid` reads every file again instead of trusting times and names.
+    """
+
+    only: tuple[str, ...] = ()
+    start: str | None = None
+    force: tuple[str, ...] = ()
+    locked: bool = False
+    paranoid: bool = False
+
+    def stages(self, compiled: Compiled) -> frozenset[str]:
+        """The stages that may run; raises RecipeError for a name that there is none of."""
+        for name in (*self.only, *self.force, *filter(None, [self.start])):
+            compiled.step(name)
+        chosen = set(self.only) or {step.name for step in compiled.steps}
+        if self.start is not None:
+            chosen = {self.start}
+            for step in compiled.steps:
+                if chosen & set(step.inputs.values()):
+                    chosen.add(step.name)
+        return frozenset(chosen)
+
+
+EVERYTHING = Choice()
 
 
 @dataclass(frozen=True)
 class World:
-    """What a plan is made from: the known facts, and the files as they are now."""
+    """What a plan is made from: the known facts, the files as they are now, and what is asked."""
 
     workspace: Workspace
     state: State
     lock: lock.Lock
+    elsewhere: Elsewhere
     base_model: str | None
     """The identity of the base model's files; None as long as a hub model has no pin."""
+    base_problem: PreconditionError | None = None
+    choice: Choice = EVERYTHING
+    chosen: frozenset[str] | None = None
+    """The stages that may run; None for all."""
 
 
 def whole(compiled: Compiled, world: World) -> tuple[Planned, ...]:
@@ -85,9 +142,28 @@ def decide(
 
     `files` are its source files, where they have just been looked at.
     """
+    if world.chosen is not None and step.name not in world.chosen:
+        return _left_out(step, world)
+    problem = _missing(step, above, world)
+    try:
+        manifest = _manifest(step, world, files)
+    except PreconditionError as error:
+        manifest, problem = None, problem or error
+    if problem is not None:
+        return Planned(step, "blocked", (Cause("blocked", problem.message),), problem=problem)
+    found = _decided(step, above, world, manifest)
+    if found.state in ("skip", "restore") or not step.sources:
+        return found
+    if files is None:
+        # The list is only needed now; what changed since the look at it counts.
+        return decide(step, above, world, source_files(step, world))
+    return replace(found, sources=files)
+
+
+def _decided(
+    step: Step, above: Mapping[str, Planned], world: World, manifest: str | None
+) -> Planned:
     before = world.lock.of_stage(step.name)
-    files = source_files(step, world) if files is None else files
-    manifest = key.of_files((file.name, file.sha256) for file in files) if files else None
     inputs = {kind: above[name].output for kind, name in step.inputs.items()}
     parts = key.components(
         kind=step.kind,
@@ -97,9 +173,8 @@ def decide(
         sources=manifest,
         base_model=world.base_model if step.uses_base_model else None,
         seed=step.seed,
+        env=environment.digest(environment.of(step)) if step.rerun_on_env else None,
     )
-    if manifest is not None:
-        world.state.remember_manifest(manifest, {file.name: file.sha256 for file in files})
     changed = why(step, parts, before, world)
 
     unpinned = step.uses_base_model and world.base_model is None
@@ -108,34 +183,39 @@ def decide(
         causes = [cause for cause in changed if cause.reason != "input"]
         if unpinned:
             causes.append(Cause("not pinned", "the hub decides which commit the base model is"))
+        if step.name in world.choice.force:
+            causes.append(Cause("forced", "--force"))
         # What is only rebuilt may come out as it was; a new training gives a new model.
         certain = bool(causes) or any(
             above[name].state == "run" and not above[name].step.rebuilds for name in unknown
         )
         causes += [Cause("upstream runs", f"{name} runs first") for name in dict.fromkeys(unknown)]
-        state: Literal["run", "maybe"] = "run" if certain else "maybe"
-        return Planned(step, state, tuple(causes), None, None, files)
+        return Planned(step, "run" if certain else "maybe", tuple(causes))
 
-    outputs = known_outputs(key.of(parts), world)
-    logger.debug("%s: key %s, known outputs %s", step.name, key.of(parts), outputs)
+    stage_key = key.of(parts)
+    outputs = known_outputs(stage_key, world)
+    logger.debug("%s: key %s, known outputs %s", step.name, stage_key, outputs)
+    if step.name in world.choice.force:
+        foreseen = outputs[0] if outputs and step.rebuilds else None
+        return Planned(step, "run", (*changed, Cause("forced", "--force")), parts, foreseen)
     for output in outputs:
-        if store.holds(world.workspace, output):
-            return Planned(step, "skip", (), parts, output, files)
+        if _is_here(output, world):
+            return Planned(step, "skip", (), parts, output)
+    for output in outputs or [made.output for made in world.elsewhere.of_key(stage_key)]:
+        if world.elsewhere.holds(output):
+            cause = Cause("output missing", f"it is in {world.elsewhere.name}")
+            return Planned(step, "restore", (cause,), parts, output)
     if outputs:
-        text = "its output is not in the store"
-        if not step.rebuilds:
-            text += "; it is trained again and gives a different model"
-        cause = Cause("output missing", text)
-        foreseen = outputs[0] if step.rebuilds else None
-        return Planned(step, "run", (cause,), parts, foreseen, files)
+        return _made_again(step, parts, outputs[0], world)
     text = "what it made last is not known any more"
-    return Planned(step, "run", changed or (Cause("never run", text),), parts, None, files)
+    return Planned(step, "run", changed or (Cause("never run", text),), parts)
 
 
 def known_outputs(stage_key: str, world: World) -> list[str]:
     """All outputs that are known for a key; the lockfile's first, because others share it."""
     locked = [fact.output for fact in world.lock.facts if fact.key == stage_key]
-    return list(dict.fromkeys([*locked, *(made.output for made in world.state.made(stage_key))]))
+    made = [made.output for made in facts.of_key(world.workspace, stage_key)]
+    return list(dict.fromkeys([*locked, *made]))
 
 
 def why(
@@ -150,38 +230,41 @@ def why(
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             was, now_is = (_setting(settings, name) for settings in (old, new))
-            causes.append(Cause("settings", f"{name} {was} → {now_is}"))
+            text = f"{name} {was} → {now_is}"
+            causes.append(Cause("settings", text, name, old.get(name), new.get(name)))
     if then.get("sources") != now.get("sources"):
-        causes.append(Cause("sources", _sources_text(then.get("sources"), now, world)))
+        causes.append(_sources_cause(then.get("sources"), now.get("sources"), world))
     for kind, output in now.get("inputs", {}).items():
-        if then.get("inputs", {}).get(kind) != output:
-            causes.append(Cause("input", f"{step.inputs[kind]} gave another output"))
-    if step.uses_base_model and then.get("base_model") != now.get("base_model"):
-        causes.append(Cause("base model", "the base model is another one"))
-    if then.get("seed") != now.get("seed"):
-        causes.append(Cause("seed", f"seed {then.get('seed')} → {now.get('seed')}"))
-    if (then["kind"], then["version"]) != (now["kind"], now["version"]):
-        causes.append(Cause("stage version", "this version of the runner does it differently"))
+        was = then.get("inputs", {}).get(kind)
+        if was != output:
+            text = f"{step.inputs[kind]} gave another output"
+            causes.append(Cause("input", text, step.inputs[kind], was, output))
+    simple: list[tuple[Reason, str, str]] = [
+        ("base model", "base_model", "the base model is another one"),
+        ("seed", "seed", f"seed {then.get('seed')} → {now.get('seed')}"),
+        ("environment", "env", "library versions or the GPU are others"),
+    ]
+    for reason, part, text in simple:
+        if then.get(part) != now.get(part) and (part != "base_model" or now.get(part)):
+            causes.append(Cause(reason, text, part, then.get(part), now.get(part)))
+    versions = [[parts["kind"], parts["version"]] for parts in (then, now)]
+    if versions[0] != versions[1]:
+        text = "this version of the runner does it differently"
+        causes.append(Cause("stage version", text, "version", *versions))
     return tuple(causes)
 
 
 def source_files(step: Step, world: World) -> tuple[SourceFile, ...]:
     """The files that the stage's patterns name now, by name, each with its hash."""
     root = world.workspace.root
-    if not step.sources:
-        return ()
-    found = {path for pattern in step.sources for path in workspace.matching(root, pattern)}
-    if not found:
-        raise PreconditionError(
-            f"{step.name}: no files in {', '.join(step.sources)} (below {root})",
-            hint="put chat exports or instruction data there, or correct `sources:`",
-        )
-    hashes = world.state.hashes(found)
-    files = (SourceFile(p, workspace.named(root, p), hashes[p]) for p in found)
+    hashes = world.state.hashes(_paths(step, world), trust_stat=not world.choice.paranoid)
+    files = (SourceFile(p, workspace.named(root, p), hashes[p]) for p in hashes)
     return tuple(sorted(files, key=lambda file: (file.name, file.path)))
 
 
-def base_identity(spec: str | None, root: Path, locked: lock.Lock, state: State) -> str | None:
+def base_identity(
+    spec: str | None, root: Path, locked: lock.Lock, state: State, *, trust_stat: bool = True
+) -> str | None:
     """The hash of the base model's files, `owner/name@commit` for the hub, None if not pinned."""
     if spec is None:
         return None
@@ -190,19 +273,124 @@ def base_identity(spec: str | None, root: Path, locked: lock.Lock, state: State)
         return f"{spec}@{commit}" if commit else None
     path = source.path_of(spec, root)
     files = source.model_files(path)
-    hashes = state.hashes(str(file) for file in files)
+    hashes = state.hashes((str(file) for file in files), trust_stat=trust_stat)
     return key.of_files((f.name if path.is_dir() else "", hashes[str(f)]) for f in files)
+
+
+def drift(planned: Planned, world: World) -> dict[str, tuple[str, str]]:
+    """Versions and GPU that are others than when the output was made: name → then, now."""
+    if planned.parts is None or planned.output is None:
+        return {}
+    made = facts.of_output(world.workspace, key.of(planned.parts), planned.output)
+    then, now = made.env if made else {}, environment.of(planned.step)
+    both = sorted(then.keys() & now.keys())
+    return {name: (then[name], now[name]) for name in both if then[name] != now[name]}
+
+
+def last_made(step: Step, world: World) -> Made | None:
+    """How the stage's last output was made, where the store still knows it."""
+    fact = world.lock.of_stage(step.name)
+    return facts.of_output(world.workspace, fact.key, fact.output) if fact else None
+
+
+def _left_out(step: Step, world: World) -> Planned:
+    """A stage that is not asked for: it stays as it was made last."""
+    fact = world.lock.of_stage(step.name)
+    cause = Cause("left out", "it stays as it was made last")
+    if fact is None:
+        return Planned(step, "skip", (cause,))
+    if not _is_here(fact.output, world) and world.elsewhere.holds(fact.output):
+        return Planned(step, "restore", (cause,), fact.parts, fact.output)
+    here = fact.output if _is_here(fact.output, world) else None
+    return Planned(step, "skip", (cause,), fact.parts, here)
+
+
+def _missing(step: Step, above: Mapping[str, Planned], world: World) -> PreconditionError | None:
+    """What keeps the stage from running, or from being decided."""
+    for name in step.inputs.values():
+        if above[name].state == "blocked":
+            return PreconditionError(f"{name}, which it reads, cannot run")
+        if above[name].is_left_out and above[name].output is None:
+            return PreconditionError(
+                f"{step.name} reads {name}, which has made nothing yet or is not in the store",
+                hint="apply once without --only and --from",
+            )
+    return world.base_problem if step.uses_base_model else None
+
+
+def _made_again(step: Step, parts: key.Components, output: str, world: World) -> Planned:
+    """The output is known but not here, or not whole."""
+    path = store.path_of(world.workspace, output)
+    if not path.is_dir():
+        text = "its output is not in the store"
+        if not step.rebuilds:
+            text += "; it is trained again and gives a different model"
+    elif step.rebuilds:
+        text = "its output is damaged"
+    else:
+        problem = damaged(step.name, path)
+        return Planned(step, "blocked", (Cause("blocked", problem.message),), problem=problem)
+    foreseen = output if step.rebuilds else None
+    return Planned(step, "run", (Cause("output missing", text),), parts, foreseen)
+
+
+def damaged(stage: str, path: Path) -> PreconditionError:
+    """What to tell about a trained model that is not what was trained any more."""
+    return PreconditionError(
+        f"the output of {stage} is damaged: {path}",
+        hint="put it back from a copy, or delete the folder and apply again to train anew",
+    )
+
+
+def _is_here(output: str, world: World) -> bool:
+    check = store.is_whole if world.choice.paranoid else store.holds
+    return check(world.workspace, output)
+
+
+def _paths(step: Step, world: World) -> list[str]:
+    root = world.workspace.root
+    found = {path for pattern in step.sources for path in workspace.matching(root, pattern)}
+    if not found:
+        raise PreconditionError(
+            f"{step.name}: no files in {', '.join(step.sources)} (below {root})",
+            hint="put chat exports or instruction data there, or correct `sources:`",
+        )
+    return list(found)
+
+
+def _manifest(step: Step, world: World, files: Sequence[SourceFile] | None) -> str | None:
+    """One hash over the source files, from what the last look remembered where nothing changed."""
+    if not step.sources:
+        return None
+    if files is not None:
+        return _remembered(files, world)
+    patterns = key.canonical([str(world.workspace.root), *step.sources])
+    digest = None if world.choice.paranoid else state.looked_at(_paths(step, world))
+    last = world.state.scanned(patterns)
+    if digest is not None and last is not None and last[0] == digest:
+        return last[1]
+    manifest = _remembered(source_files(step, world), world)
+    if digest is not None:
+        world.state.remember_scan(patterns, digest, manifest)
+    return manifest
+
+
+def _remembered(files: Iterable[SourceFile], world: World) -> str:
+    by_name = [(file.name, file.sha256) for file in files]
+    manifest = key.of_files(by_name)
+    world.state.remember_manifest(manifest, dict(by_name))
+    return manifest
 
 
 def _setting(settings: Mapping[str, Any], name: str) -> str:
     return key.canonical(settings[name]) if name in settings else "default"
 
 
-def _sources_text(then: str | None, now: key.Components, world: World) -> str:
+def _sources_cause(then: str | None, now: str | None, world: World) -> Cause:
     old = world.state.manifest(then) if then else None
-    new = world.state.manifest(now["sources"]) if "sources" in now else {}
+    new = world.state.manifest(now) if now else {}
     if old is None or new is None:
-        return "the source files are others"
+        return Cause("sources", "the source files are others", "", then, now)
     added = sorted(new.keys() - old.keys())
     removed = sorted(old.keys() - new.keys())
     edited = sorted(name for name in old.keys() & new.keys() if old[name] != new[name])
@@ -212,4 +400,5 @@ def _sources_text(then: str | None, now: key.Components, world: World) -> str:
         for what, names in (("added", added), ("removed", removed), ("changed", edited))
         if names
     ]
-    return "; ".join(changes)
+    counts = {"added": len(added), "removed": len(removed), "changed": len(edited)}
+    return Cause("sources", "; ".join(changes), "", len(old), {"files": len(new), **counts})

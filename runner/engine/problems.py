@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 
+from runner.engine.compose import Composed, Place
 from runner.engine.words import did_you_mean, shown
-from runner.engine.yaml12 import Document
 from runner.stages.schema import STAGES, Recipe
 
 Path = tuple[str | int, ...]
@@ -27,51 +28,53 @@ WANTED = {
 }
 
 
-def sentences(error: ValidationError, document: Document, name: str) -> list[str]:
-    """One `name:line: sentence` for each finding, by line, each said once."""
-    found: dict[tuple[int, str], None] = {}
+def sentences(error: ValidationError, recipe: Composed) -> list[str]:
+    """One `file:line: sentence` for each finding, by place, each said once."""
+    found: dict[tuple[Place, str], None] = {}
     for finding in error.errors(include_url=False):
-        path = _path(finding["loc"], document.data)
+        path = _path(finding["loc"], recipe.data)
         if finding["type"] == "too_short" and finding["input"]:
             continue  # its elements are wrong, which is said of each of them
-        line, text = _sentence(finding, path, document)
-        found.setdefault((line, text))
-    return [f"{name}:{line}: {text}" for line, text in sorted(found)]
+        found.setdefault(_sentence(finding, path, recipe))
+    return [f"{place}: {text}" for place, text in sorted(found)]
 
 
-def _sentence(finding: Any, path: Path, document: Document) -> tuple[int, str]:
+def _sentence(finding: Any, path: Path, recipe: Composed) -> tuple[Place, str]:
     kind, context, value = finding["type"], finding.get("ctx", {}), finding["input"]
-    where, key = _place(path, document.data), str(path[-1]) if path else ""
-    line = _line(path, document.lines)
-    owner = _place(path[:-1], document.data)
+    where, key = _words_for(path, recipe.data), str(path[-1]) if path else ""
+    place = recipe.place(path)
+    owner = _words_for(path[:-1], recipe.data)
     if kind == "extra_forbidden":
-        near = did_you_mean(key, _fields(path[:-1], document.data))
-        line = document.key_lines.get(path, line)
-        return line, f"no setting named {shown(key)} in {owner}{near}"
+        near = did_you_mean(key, _fields(path[:-1], recipe.data))
+        place = recipe.key_places.get(path, place)
+        return place, f"no setting named {shown(key)} in {owner}{near}"
     if kind == "missing":
         hint = " (a list of stages)" if key == "stages" else ""
-        return line, f"{owner} needs `{key}:`{hint}"
+        return place, f"{owner} needs `{key}:`{hint}"
     if kind == "union_tag_not_found":
-        return line, f"an entry of stages must say which: `stage: {'` or `'.join(STAGES)}`"
+        return place, f"an entry of stages must say which: `stage: {'` or `'.join(STAGES)}`"
     if kind == "union_tag_invalid":
         tag = str(context["tag"])
-        line = _line((*path, "stage"), document.lines)
+        place = recipe.place((*path, "stage"))
         near = did_you_mean(tag, STAGES)
-        return line, f"no stage named {shown(tag)}{near}; stages are {', '.join(STAGES)}"
+        return place, f"no stage named {shown(tag)}{near}; stages are {', '.join(STAGES)}"
     if kind in WANTED:
-        return line, f"{where} must be {WANTED[kind]}, not {shown(value)}"
+        return place, f"{where} must be {WANTED[kind]}, not {shown(value)}"
     if kind == "literal_error":
         wanted = context["expected"]
         near = did_you_mean(value, _words(wanted)) if isinstance(value, str) else ""
-        return line, f"{where} must be {wanted}, not {shown(value)}{near}"
+        return place, f"{where} must be {wanted}, not {shown(value)}{near}"
     if kind == "value_error":
-        return line, f"{where or owner} {context['error']}"
+        text = str(context["error"])
+        # Of settings that do not agree, the text names those that another file may have changed.
+        place = recipe.place(path, *((*path, word) for word in re.findall(r"\w+", text)))
+        return place, f"{where or owner} {text}"
     if kind == "string_pattern_mismatch":
-        return line, f"{where} may have letters, digits, `.`, `_` and `-` only, not {shown(value)}"
+        return place, f"{where} may have letters, digits, `.`, `_` and `-` only, not {shown(value)}"
     if kind in ("too_short", "string_too_short"):
-        return line, f"{where} must not be empty"
+        return place, f"{where} must not be empty"
     message = finding["msg"]
-    return line, f"{where} {message[0].lower()}{message[1:]}, not {shown(value)}".replace(
+    return place, f"{where} {message[0].lower()}{message[1:]}, not {shown(value)}".replace(
         "input should be", "must be"
     )
 
@@ -103,7 +106,7 @@ def _is_tag(part: str) -> bool:
     )
 
 
-def _place(path: Path, data: Any) -> str:
+def _words_for(path: Path, data: Any) -> str:
     """How a person names the place: `learning_rate in train`, `sources[0] in ingest`."""
     if not path:
         return "the recipe"
@@ -121,12 +124,6 @@ def _joined(path: Path) -> str:
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f"{'.' if text else ''}{part}"
     return text
-
-
-def _line(path: Path, lines: Mapping[Path, int]) -> int:
-    while path and path not in lines:
-        path = path[:-1]
-    return lines.get(path, 1)
 
 
 def _fields(path: Path, data: Any) -> list[str]:

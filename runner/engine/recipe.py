@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from runner.errors import RecipeError
 
 if TYPE_CHECKING:
-    from runner.engine.yaml12 import Document
+    from runner.engine.compose import Composed, Place
     from runner.stages.schema import Recipe
     from runner.stages.stage import Stage
 
@@ -40,6 +40,9 @@ class Step:
     seed: int | None
     own_process: bool
     rebuilds: bool
+    libraries: tuple[str, ...] = ()
+    uses_gpu: bool = False
+    rerun_on_env: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,12 @@ class Compiled:
     name: str
     base_model: str | None
     steps: tuple[Step, ...]
+    extends: str | None
+    """The recipe that this one was written over, as it names it: from its own folder."""
+    extends_sha256: str | None
+    """Of that file's bytes."""
+    overrides: tuple[str, ...]
+    """What `--set` said, in order."""
 
     def step(self, name: str) -> Step:
         """The step of that name; raises RecipeError naming those there are."""
@@ -66,8 +75,9 @@ class Compiled:
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any]) -> Compiled:
-        steps = tuple(Step(**{**s, "sources": tuple(s["sources"])}) for s in data["steps"])
-        return cls(data["name"], data["base_model"], steps)
+        lists = ("sources", "libraries")
+        steps = tuple(Step(**{**s, **{k: tuple(s[k]) for k in lists}}) for s in data["steps"])
+        return cls(**{**data, "steps": steps, "overrides": tuple(data["overrides"])})
 
 
 class RecipeProblems(RecipeError):
@@ -94,20 +104,32 @@ def read_bytes(path: Path) -> bytes:
         raise RecipeError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def compile(data: bytes, name: str) -> Compiled:
-    """The recipe in `data`, checked; raises RecipeError with every problem and its line."""
-    from runner.engine import yaml12
+def compile(data: bytes, name: str, overrides: Sequence[str] = ()) -> Compiled:
+    """The recipe in `data`, checked; raises RecipeError with every problem and its line.
 
-    document = yaml12.load(data, name=name)
-    if document.data is None:
+    `name` is its path, which that of the recipe it extends starts from. Each of `overrides` is a
+    STAGE.SETTING=VALUE of `--set`.
+    """
+    from runner.engine import compose, yaml12
+
+    written = yaml12.load(data, name=name)
+    if written.data is None:
         raise RecipeError(
             f"{name}: the recipe is empty", hint="make one with `runner init`, or see the README"
         )
-    recipe = _checked(document, name)
-    return Compiled(recipe.name, recipe.base_model, tuple(_steps(recipe, document, name)))
+    composed = compose.whole(written, name, overrides)
+    recipe = _checked(composed)
+    return Compiled(
+        name=recipe.name,
+        base_model=recipe.base_model,
+        steps=tuple(_steps(recipe, composed)),
+        extends=recipe.extends,
+        extends_sha256=composed.base_sha256,
+        overrides=tuple(overrides),
+    )
 
 
-def _checked(document: Document, name: str) -> Recipe:
+def _checked(composed: Composed) -> Recipe:
     from pydantic import ValidationError
 
     from runner.engine.problems import sentences
@@ -115,38 +137,44 @@ def _checked(document: Document, name: str) -> Recipe:
 
     try:
         # Through JSON, because only there strict types still take a list where a tuple is wanted.
-        return Recipe.model_validate_json(json.dumps(document.data), strict=True)
+        return Recipe.model_validate_json(json.dumps(composed.data), strict=True)
     except ValidationError as error:
-        raise RecipeProblems(sentences(error, document, name)) from None
+        raise RecipeProblems(sentences(error, composed)) from None
 
 
-def _steps(recipe: Recipe, document: Document, name: str) -> Iterable[Step]:
+def _steps(recipe: Recipe, composed: Composed) -> Iterable[Step]:
     """Each stage with its inputs found; raises all that does not fit together."""
     from runner.engine.words import did_you_mean, shown
 
-    problems: list[str] = []
+    problems: list[tuple[Place, str]] = []
 
-    def problem(index: int, text: str) -> None:
-        line = document.lines.get(("stages", index), 1)
-        problems.append(f"{name}:{line}: {text}")
+    def problem(index: int, text: str, *causes: tuple[str | int, ...]) -> None:
+        problems.append((composed.place(("stages", index), *causes), text))
 
     above: dict[str, tuple[Stage, dict[str, str]]] = {}
     steps: list[Step] = []
     for index, stage in enumerate(recipe.stages):
         kind = stage.kind()
         own_name = stage.name or kind
+        reads = ("stages", index, "input")
         if own_name in above:
             problem(index, f"a second stage is called {shown(own_name)}; give it a `name:`")
             continue
         if stage.input and stage.input not in above:
             near = did_you_mean(stage.input, above)
-            problem(index, f"no stage above is called {shown(stage.input)}{near}")
+            problem(index, f"no stage above is called {shown(stage.input)}{near}", reads)
             continue
         if stage.uses_base_model and recipe.base_model is None:
-            problem(index, f"{own_name} needs a model; add `base_model:` to the recipe")
+            problem(
+                index,
+                f"{own_name} needs a model; add `base_model:` to the recipe",
+                ("base_model",),
+            )
         if stage.input and above[stage.input][0].writes not in stage.reads:
             makes = above[stage.input][0].writes
-            problem(index, f"{own_name} cannot read {shown(stage.input)}, which makes {makes}")
+            problem(
+                index, f"{own_name} cannot read {shown(stage.input)}, which makes {makes}", reads
+            )
             continue
         inputs, missing = _inputs(stage, above)
         for wanted in missing:
@@ -162,7 +190,7 @@ def _steps(recipe: Recipe, document: Document, name: str) -> Iterable[Step]:
                 settings=stage.model_dump(
                     mode="json",
                     exclude_defaults=True,
-                    exclude={"stage", "name", "input", *stage.outside_key},
+                    exclude={*stage.outside_key},
                 )
                 | ({"recipe_name": recipe.name} if stage.uses_recipe_name else {}),
                 inputs=inputs,
@@ -171,10 +199,14 @@ def _steps(recipe: Recipe, document: Document, name: str) -> Iterable[Step]:
                 seed=recipe.seed if stage.uses_seed else None,
                 own_process=stage.own_process,
                 rebuilds=stage.rebuilds,
+                libraries=stage.libraries,
+                uses_gpu=stage.uses_gpu,
+                rerun_on_env="env" in stage.rerun_on,
             )
         )
     if problems:
-        raise RecipeProblems(problems)
+        problems.sort(key=lambda found: found[0])
+        raise RecipeProblems([f"{place}: {text}" for place, text in problems])
     return steps
 
 

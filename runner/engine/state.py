@@ -1,11 +1,11 @@
-"""What the workspace remembers to be fast: file hashes, facts, manifests, checked recipes.
+"""What the workspace remembers to be fast: file hashes, manifests, checked recipes.
 
-Deleting it costs time and nothing else, except that a training whose lockfile line is gone too is
-not found again.
+Deleting it costs time and nothing else.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sqlite3
@@ -13,8 +13,6 @@ import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +27,12 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
     path TEXT PRIMARY KEY, size INT, mtime INT, ctime INT, inode INT, sha256 TEXT
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS facts (
-    key TEXT, output TEXT, stage TEXT, metrics TEXT, seconds REAL, made_at REAL,
-    PRIMARY KEY (key, output)
+CREATE TABLE IF NOT EXISTS scans (
+    patterns TEXT PRIMARY KEY, digest BLOB, manifest TEXT
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS manifests (hash TEXT PRIMARY KEY, files TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS recipes (hash TEXT PRIMARY KEY, compiled TEXT) WITHOUT ROWID;
 """
-
-
-@dataclass(frozen=True)
-class Made:
-    """What is remembered of how an output was made."""
-
-    output: str
-    metrics: dict[str, Any]
-    seconds: float
-    made_at: float
 
 
 class State:
@@ -104,20 +91,16 @@ class State:
                 self._db.execute("COMMIT")
         return found
 
-    def made(self, key: str) -> list[Made]:
-        """All outputs that were made with this key here, newest first."""
-        rows = self._db.execute(
-            "SELECT output, metrics, seconds, made_at FROM facts WHERE key = ?"
-            " ORDER BY made_at DESC",
-            (key,),
-        )
-        return [Made(row[0], json.loads(row[1]), row[2], row[3]) for row in rows]
+    def scanned(self, patterns: str) -> tuple[bytes, str] | None:
+        """The digest of what `looked_at` last saw there, and the hash of those files' manifest."""
+        query = "SELECT digest, manifest FROM scans WHERE patterns = ?"
+        row = self._db.execute(query, (patterns,)).fetchone()
+        return (row[0], row[1]) if row else None
 
-    def remember(
-        self, key: str, output: str, stage: str, metrics: dict[str, Any], seconds: float
-    ) -> None:
-        row = (key, output, stage, json.dumps(metrics), seconds, time.time())
-        self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?, ?, ?)", row)
+    def remember_scan(self, patterns: str, digest: bytes, manifest: str) -> None:
+        with self._quietly():
+            row = (patterns, digest, manifest)
+            self._db.execute("INSERT OR REPLACE INTO scans VALUES (?, ?, ?)", row)
 
     def manifest(self, hash: str) -> dict[str, str] | None:
         """The files of a manifest seen before: name → SHA-256."""
@@ -160,6 +143,30 @@ def _opened(path: Path) -> sqlite3.Connection:
     return db
 
 
+def looked_at(paths: Iterable[str]) -> bytes | None:
+    """One digest of what tells whether any of the files changed, which opens none of them.
+
+    None where one of them changed so shortly ago that it may change again unseen.
+    """
+    digest = hashlib.sha256()
+    young = time.time_ns() - RACY_NS
+    for path in sorted(paths):
+        status = os.stat(path)  # noqa: PTH116 (a Path would double the time)
+        if status.st_mtime_ns > young or status.st_ctime_ns > young:
+            return None
+        digest.update(
+            b"%s\0%d %d %d %d\n"
+            % (
+                os.fsencode(path),
+                status.st_size,
+                status.st_mtime_ns,
+                status.st_ctime_ns,
+                status.st_ino,
+            )
+        )
+    return digest.digest()
+
+
 def _signature(status: os.stat_result) -> tuple[int, int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
@@ -171,7 +178,7 @@ def _hashed(path: str) -> tuple[str, tuple[int, int, int, int]]:
             before = os.fstat(file.fileno())
             if not stat.S_ISREG(before.st_mode):
                 raise OSError(f"{path} is not a regular file")
-            sha256 = file_digest(file, "sha256").hexdigest()
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             after = os.fstat(file.fileno())
         if _signature(before) == _signature(after):
             return sha256, _signature(after)

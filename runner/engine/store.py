@@ -1,13 +1,30 @@
-"""The artifacts on disk: folders named by the hash of their content, written once."""
+"""The artifacts on disk: folders named by the hash of their content, written once.
+
+    <store>/<2>/<hash>/   an artifact
+    <store>/facts/        what was made from what (`facts`)
+    <store>/tmp/          outputs that are being written, one folder a run, held by a lock
+    <store>/projects/     the workspaces that use this store, so that none loses what it needs
+
+Several processes, workspaces and users may share one store: nothing in it is ever changed, and
+everything appears whole.
+"""
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from hashlib import file_digest
 from pathlib import Path
 
 from runner import disk
 from runner.engine import key
 from runner.engine.workspace import Workspace
+from runner.errors import PreconditionError, RecipeError
+
+USED_AFTER_S = 24 * 3600
+"""How old the mark of an artifact's last use may be before it is renewed."""
 
 
 def path_of(workspace: Workspace, output: str) -> Path:
@@ -16,6 +33,12 @@ def path_of(workspace: Workspace, output: str) -> Path:
 
 def holds(workspace: Workspace, output: str) -> bool:
     return path_of(workspace, output).is_dir()
+
+
+def is_whole(workspace: Workspace, output: str) -> bool:
+    """Whether the artifact is there and its files are what its name says."""
+    path = path_of(workspace, output)
+    return path.is_dir() and content_hash(path) == output
 
 
 def content_hash(folder: Path) -> str:
@@ -29,12 +52,42 @@ def content_hash(folder: Path) -> str:
     return key.of_files(hashes)
 
 
-def stage(workspace: Workspace, name: str) -> Path:
-    """A new empty folder to write an output in."""
-    folder = workspace.staging / name
-    disk.remove(folder)
-    folder.mkdir(parents=True)
-    return folder
+@contextmanager
+def staging(workspace: Workspace) -> Iterator[Path]:
+    """A folder to write outputs in, on the store's file system; what is left in it goes again.
+
+    The folders of processes that have died are removed on the way: their locks are free.
+    """
+    from filelock import FileLock
+
+    parent = workspace.store / "tmp"
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = parent / f"{os.getpid()}-{time.time_ns()}"
+    own = FileLock(folder.with_suffix(".lock"))
+    with FileLock(
+        workspace.store / "lock"
+    ):  # so that nobody takes a folder for left that is just begun
+        _remove_left(parent)
+        own.acquire()
+        folder.mkdir()
+    try:
+        yield folder
+    finally:
+        disk.remove(folder)
+        own.release()
+        folder.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def _remove_left(parent: Path) -> None:
+    from filelock import FileLock, Timeout
+
+    for path in sorted(parent.glob("*.lock")):
+        with suppress(Timeout), FileLock(path, timeout=0):
+            disk.remove(path.with_suffix(""))
+            path.unlink()
+    for folder in parent.iterdir():
+        if folder.is_dir() and not folder.with_suffix(".lock").exists():
+            disk.remove(folder)
 
 
 def publish(workspace: Workspace, staged: Path) -> str:
@@ -45,3 +98,51 @@ def publish(workspace: Workspace, staged: Path) -> str:
         disk.remove(final)  # damaged; the same content is at hand
     disk.publish(staged, final)
     return output
+
+
+def use(workspace: Workspace, output: str) -> None:
+    """Marks the artifact as used now, so that it does not count as old (see `gc`)."""
+    path = path_of(workspace, output)
+    with suppress(OSError):
+        if time.time() - path.stat().st_mtime > USED_AFTER_S:
+            os.utime(path)
+
+
+def objects(workspace: Workspace) -> Iterator[Path]:
+    """All artifacts in the store."""
+    for folder in sorted(workspace.store.glob("[0-9a-f][0-9a-f]")):
+        yield from sorted(path for path in folder.iterdir() if len(path.name) == 64)
+
+
+def register(workspace: Workspace) -> None:
+    """Has a shared store know this workspace, so that what it needs is kept."""
+    if workspace.shared_store is None:
+        return
+    own = _project_file(workspace, workspace.root)
+    if not own.exists():
+        own.parent.mkdir(parents=True, exist_ok=True)
+        disk.write_whole(own, os.fsencode(workspace.root))
+
+
+def forget(workspace: Workspace, root: Path) -> None:
+    """Has the store forget a workspace that is gone for good."""
+    own = _project_file(workspace, root.absolute())
+    if not own.exists():
+        raise RecipeError(f"no workspace {root.absolute()} uses the store {workspace.store}")
+    own.unlink()
+
+
+def projects(workspace: Workspace) -> Iterator[Workspace]:
+    """The workspaces that use the store; raises PreconditionError for one that is not there."""
+    for path in sorted((workspace.store / "projects").glob("*")):
+        root = Path(os.fsdecode(path.read_bytes()))
+        if not root.is_dir():
+            raise PreconditionError(
+                f"the workspace {root} uses this store too, and is not there to be asked",
+                hint=f"mount it, or if it is gone for good: runner gc --forget {root}",
+            )
+        yield Workspace(root, workspace.shared_store)
+
+
+def _project_file(workspace: Workspace, root: Path) -> Path:
+    return workspace.store / "projects" / key.of_files([(str(root), "")])[:32]

@@ -1,10 +1,10 @@
-"""What a message quotes: the user's words made safe to print, and what they may have meant."""
+"""What a message says of values: words of users made safe to print, numbers as people read them."""
 
 from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 SHOWN_MAX = 60
 """Characters of a value that a message shows."""
@@ -34,6 +34,40 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     by_folded = {k.casefold(): k for k in known}
     near = difflib.get_close_matches(word[:SHOWN_MAX].casefold(), by_folded, n=1)
     return f"; did you mean {shown(by_folded[near[0]])}?" if near else ""
+
+
+def duration(seconds: float) -> str:
+    """`0.4 s`, `12 s`, `3:05`, `2:14:09`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units: `812 B`, `3.4 MB`, `1.2 GB`."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def metrics(values: Mapping[str, float | int | str]) -> str:
+    """`files 12, conversations 340`; sizes in units, and nothing of what there is none of."""
+    return ", ".join(_metric(name, value) for name, value in values.items() if value != 0)
+
+
+def _metric(name: str, value: float | int | str) -> str:
+    if name.endswith("_bytes") and not isinstance(value, str):
+        return f"{name.removesuffix('_bytes')} {size(value)}"
+    words = name.replace("_", " ")
+    if isinstance(value, str):
+        return f"{words} {value}"
+    return f"{words} {value:,}" if isinstance(value, int) else f"{words} {value:,.4g}"
 
 
 def _shown_text(text: str) -> str:

@@ -10,7 +10,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -71,6 +72,11 @@ def missing_package(what: str, error: ModuleNotFoundError) -> Exception:
     )
 
 
+def lock_of(scratch: Path) -> tuple[Path, Path]:
+    """The lock that a child holds as long as it may write there, and the file with its process."""
+    return scratch.with_suffix(".lock"), scratch.with_suffix(".pid")
+
+
 def main() -> NoReturn:
     """The child process."""
     events = os.fdopen(os.dup(1), "w", encoding="utf-8", newline="\n")
@@ -88,7 +94,8 @@ def main() -> NoReturn:
     raw = json.load(sys.stdin)
     job = Job(**{**raw, "sources": tuple(SourceFile(**file) for file in raw["sources"])})
     try:
-        emit({"event": "result", "metrics": run(job, emit)})
+        with _held(Path(job.scratch)):
+            emit({"event": "result", "metrics": run(job, emit)})
         code = 0
     except KeyboardInterrupt:
         code = InterruptedRun.exit_code
@@ -99,6 +106,18 @@ def main() -> NoReturn:
     events.flush()
     # Threads of native libraries may crash an orderly exit; all that matters is on disk.
     os._exit(code)
+
+
+@contextmanager
+def _held(scratch: Path) -> Iterator[None]:
+    """Holds the scratch folder, so that the next run finds a child whose parent was killed."""
+    from filelock import FileLock
+
+    lock, pid = lock_of(scratch)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        pid.write_text(str(os.getpid()))
+        yield
 
 
 def command() -> list[str]:

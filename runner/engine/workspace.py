@@ -1,4 +1,5 @@
-"""Where things are: the workspace around a recipe, and the folders under its `artifacts/`."""
+"""Where things are: the workspace around a recipe, its `artifacts/`, and the store, which
+`RUNNER_STORE` may put in another place that several workspaces share."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ from pathlib import Path
 
 from runner.errors import PreconditionError
 
-MARKERS = (".git", "pyproject.toml", "artifacts")
+SETTINGS = "runner.yaml"
+"""The settings of a workspace that are not a recipe's: where the remote cache is."""
+MARKERS = (".git", "pyproject.toml", SETTINGS, "artifacts")
 PASSED_OVER_ENDINGS = ("~", ".part", ".tmp", ".crdownload", ".lock")
 
 
@@ -18,6 +21,7 @@ class Workspace:
     """The folder that paths in recipes are relative to; all that the runner writes is in it."""
 
     root: Path
+    shared_store: Path | None = None
 
     @property
     def artifacts(self) -> Path:
@@ -25,12 +29,7 @@ class Workspace:
 
     @property
     def store(self) -> Path:
-        return self.artifacts / "store"
-
-    @property
-    def staging(self) -> Path:
-        """Outputs that are being written; on the same file system as the store."""
-        return self.artifacts / "store" / "tmp"
+        return self.shared_store or self.artifacts / "store"
 
     @property
     def state(self) -> Path:
@@ -55,13 +54,20 @@ class Workspace:
         return self.artifacts / recipe
 
 
+def at(root: Path) -> Workspace:
+    """The workspace of a folder, with the store that `RUNNER_STORE` names, if it does."""
+    root = Path(os.path.abspath(root))  # noqa: PTH100 (`a/../b` is `b`; links stay as they are)
+    shared = os.environ.get("RUNNER_STORE")
+    return Workspace(root, Path(shared).expanduser().absolute() if shared else None)
+
+
 def around(recipe: Path) -> Workspace:
     """The nearest folder at or above the recipe's that holds a marker, else the recipe's own."""
-    folder = recipe.absolute().parent
+    folder = Path(os.path.abspath(recipe)).parent  # noqa: PTH100
     for candidate in (folder, *folder.parents):
         if any((candidate / marker).exists() for marker in MARKERS):
-            return Workspace(candidate)
-    return Workspace(folder)
+            return at(candidate)
+    return at(folder)
 
 
 def matching(root: Path, pattern: str) -> list[str]:

@@ -34,11 +34,15 @@ Path = tuple[str | int, ...]
 
 
 class YamlProblems(RecipeError):
-    """All that is wrong with one file, by line: each `name:line: what; what to do`."""
+    """All that is wrong with one file, by line: each `name:line: what; what to do`.
 
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = tuple(problems)
+    `sentences` are the same without name and line.
+    """
+
+    def __init__(self, name: str, found: Sequence[tuple[int, str]]) -> None:
+        self.problems = tuple(f"{name}:{line}: {sentence}" for line, sentence in found)
+        self.sentences = tuple(sentence for _, sentence in found)
+        super().__init__("\n".join(self.problems))
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ class _Problems:
         found = sorted(self._found, key=lambda problem: problem[0])
         if self._left_out:
             found.append((found[-1][0], f"{self._left_out:,} more problems; mend these first"))
-        return YamlProblems([f"{self._name}:{line}: {sentence}" for line, sentence in found])
+        return YamlProblems(self._name, found)
 
 
 # Bytes to text

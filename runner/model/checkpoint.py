@@ -53,7 +53,10 @@ def save(
     state_tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
 ) -> Checkpoint:
-    """Publishes a checkpoint that training can go on from; on any error there is none."""
+    """Publishes a checkpoint that training can go on from; on any error there is none.
+
+    Raises PreconditionError where the disk is too full for it, before or while it is written.
+    """
     final = scratch / f"step-{step:06}"
     staged = scratch / f".{final.name}.{os.getpid()}.tmp"
     needed = sum(tensor.nbytes for tensor in (*weights.values(), *state_tensors.values()))
@@ -69,6 +72,7 @@ def save(
         staged.rename(final)
         disk.sync_folder(scratch)
     except (OSError, SafetensorError) as error:
+        shutil.rmtree(staged, ignore_errors=True)  # first, so that what is free is told right
         raise disk.full(error, scratch, needed) or error from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -130,6 +134,11 @@ def prune(checkpoints: list[Checkpoint], *, keep_best: int, resumable: int) -> l
         elif one not in newest and can_resume(one):
             remove(one.path / "resume")
     return kept
+
+
+def thinned(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
+    """Deletes all that a training can do without: it keeps the best one, and the newest whole."""
+    return prune(checkpoints, keep_best=1, resumable=1) if checkpoints else []
 
 
 def remove(path: Path) -> None:

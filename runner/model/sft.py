@@ -19,12 +19,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import psutil
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from runner import disk
@@ -39,6 +41,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Emit = Callable[[dict[str, Any]], None]
 Curve = list[dict[str, float]]
+Result = TypeVar("Result")
 
 MOST_STEPS_BETWEEN_CHECKPOINTS = 250
 """Where the recipe does not say: once an epoch, but never more than this work to lose."""
@@ -75,6 +78,9 @@ def train(
     """Trains on `tokens/train.arrow` and writes the best checkpoint by `tokens/eval.arrow`.
 
     Where there is `tokens/packs.arrow`, rows of one pack share a sequence, each for itself.
+
+    A disk that fills costs old checkpoints first; then the training stops with PreconditionError,
+    and the newest and the best checkpoint stay.
 
     `output` gets an adapter in PEFT's layout or a model in Hugging Face's, and `metrics.jsonl`.
     Checkpoints go to `scratch`; what is there already is gone on from, exactly as if there had
@@ -139,6 +145,22 @@ def train(
         emit({"event": "metrics", "step": done, "eval_loss": loss})
         return loss
 
+    def save(eval_loss: float | None) -> Checkpoint:
+        return checkpoint.save(
+            scratch,
+            step=done,
+            eval_loss=eval_loss,
+            weights=_on_cpu(trained),
+            state_tensors=_state_tensors(trained, optimizer, device),
+            state={
+                "step": done,
+                "tokens": seen_tokens,
+                "curve": curve,
+                "loss_scale": limits.loss_scale,
+                "training": training,
+            },
+        )
+
     with _stop_asked() as stop:
         if not found:
             eval_loss()
@@ -185,20 +207,8 @@ def train(
             due = done % every == 0 or done == len(steps)
             if due or stop.is_set():
                 # After a signal there is no time to evaluate; a later checkpoint does.
-                latest = checkpoint.save(
-                    scratch,
-                    step=done,
-                    eval_loss=eval_loss() if due else None,
-                    weights=_on_cpu(trained),
-                    state_tensors=_state_tensors(trained, optimizer, device),
-                    state={
-                        "step": done,
-                        "tokens": seen_tokens,
-                        "curve": curve,
-                        "loss_scale": limits.loss_scale,
-                        "training": training,
-                    },
-                )
+                write = partial(save, eval_loss() if due else None)
+                latest, saved = _in_the_room_there_is(write, saved, emit)
                 saved = checkpoint.prune(
                     [*saved, latest], keep_best=keep_best, resumable=checkpoint.RESUMABLE
                 )
@@ -215,8 +225,8 @@ def train(
                 raise _interrupted(done, len(steps))
 
     chosen_step = _take_best(trained, saved, done, emit)
-    checkpoint.prune(saved, keep_best=keep_best, resumable=1)
-    _write(model, method, base, output, curve)
+    saved = checkpoint.prune(saved, keep_best=keep_best, resumable=1)
+    _in_the_room_there_is(partial(_write, model, method, base, output, curve), saved, emit)
     if text := verdict(curve, chosen_step):
         emit({"event": "verdict", "text": text})
     return _summary(curve, chosen_step, trained, seen_tokens, pace)
@@ -569,15 +579,61 @@ def _take_best(
     return done
 
 
+def _in_the_room_there_is(
+    write: Callable[[], Result], saved: list[Checkpoint], emit: Emit
+) -> tuple[Result, list[Checkpoint]]:
+    """What `write` gives, and the checkpoints that are still there.
+
+    Where the disk is too full, all checkpoints go that may, and `write` gets a second chance.
+    """
+    try:
+        return write(), saved
+    except PreconditionError as error:
+        before = _bytes_of(saved)
+        saved = checkpoint.thinned(saved)
+        freed = before - _bytes_of(saved)
+        if not freed:
+            raise _stopped(error, saved) from error
+    kept = " and ".join(one.path.name for one in saved)
+    text = f"the disk is full: {freed / 1e6:,.1f} MB of old checkpoints went; kept: {kept}"
+    emit({"event": "warning", "text": text})
+    try:
+        return write(), saved
+    except PreconditionError as error:
+        raise _stopped(error, saved) from error
+
+
+def _stopped(error: PreconditionError, saved: Sequence[Checkpoint]) -> PreconditionError:
+    start = f"after step {saved[-1].step}" if saved else "from the start"
+    return PreconditionError(
+        error.message,
+        hint=f"free some space and run the same command again; the training goes on {start}",
+    )
+
+
+def _bytes_of(saved: Sequence[Checkpoint]) -> int:
+    return sum(disk.size(one.path) for one in saved)
+
+
 def _write(model: nn.Module, method: Method, base: Path, output: Path, curve: Curve) -> None:
+    """Writes the model and its curve whole, or nothing; PreconditionError on a full disk."""
+    needed = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     output.mkdir(parents=True, exist_ok=True)
-    if method == "full":
-        adapter.write_model(lora.inner(model), base, output, dtype=adapter.stored_dtype(base))
-    else:
-        lora.write(model, output)
-    # Without times, so that the same training gives the same artifact.
-    lines = "".join(json.dumps(point) + "\n" for point in curve)
-    (output / "metrics.jsonl").write_text(lines, encoding="utf-8", newline="\n")
+    try:
+        if method == "full":
+            adapter.write_model(lora.inner(model), base, output, dtype=adapter.stored_dtype(base))
+        else:
+            disk.check_room(output, needed)
+            lora.write(model, output)
+        # Without times, so that the same training gives the same artifact.
+        lines = "".join(json.dumps(point) + "\n" for point in curve)
+        (output / "metrics.jsonl").write_text(lines, encoding="utf-8", newline="\n")
+    except PreconditionError:
+        disk.remove(output)
+        raise
+    except (OSError, SafetensorError) as error:
+        disk.remove(output)
+        raise disk.full(error, output, needed) or error from error
 
 
 def _summary(

@@ -77,6 +77,14 @@ def latest_commit(hub_id: str) -> str:
     return commit
 
 
+def cached(hub_id: str, commit: str) -> Path | None:
+    """The folder with that commit's files, where it has been downloaded already."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(hub_id, "config.json", revision=commit)
+    return Path(config).parent if isinstance(config, str) else None
+
+
 def downloaded(hub_id: str, commit: str) -> Path:
     """The folder with that commit's files, from the local cache or the hub."""
     import httpx2

@@ -111,6 +111,7 @@ class Clean(Stage):
     """Instructions to vary, so that the model learns the task and not one wording of it."""
 
     version = 2
+    libraries = ("py3langid", "regex", "rensa")
     reads = ("conversations",)
     writes = "conversations"
     shows: ClassVar[Mapping[str, str]] = {

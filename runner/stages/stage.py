@@ -51,6 +51,37 @@ class Dirs:
         return self.base_model
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What is known before a stage runs, in bytes. Kinds not yet made are missing."""
+
+    inputs: Mapping[str, int]
+    """Kind → size of the artifact that it reads."""
+    sources: int
+    """Of the files that it reads from the workspace."""
+    previous: int | None
+    """Of what it made last."""
+    base_model: Path | None
+    """The folder or `.gguf` file; None where there is none or it is not downloaded yet."""
+    base_converted: bool = False
+    """Whether the cache has the safetensors of a `.gguf` base model already."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """One thing that a stage writes, in words, and its bytes.
+
+    `temporary` when it goes again before the stage ends; `once` when every stage that needs it
+    names it but only the first one writes it. Where the size cannot be known yet, `bytes` is 0
+    and `what` says so.
+    """
+
+    what: str
+    bytes: int
+    temporary: bool = False
+    once: bool = False
+
+
 class Stage(Settings):
     """One entry of a recipe. Its fields are its settings; `run` does the work.
 
@@ -61,6 +92,8 @@ class Stage(Settings):
     """What other stages call this one; only needed when two stages are of one kind."""
     input: str = ""
     """The name of the stage to read from, where the nearest above is not the one."""
+    rerun_on: tuple[Literal["env"], ...] = ()
+    """env: also run again when library versions or the GPU are others than last time."""
 
     version: ClassVar[int] = 1
     reads: ClassVar[tuple[Kind, ...]] = ()
@@ -68,11 +101,15 @@ class Stage(Settings):
     uses_base_model: ClassVar[bool] = False
     uses_seed: ClassVar[bool] = False
     uses_recipe_name: ClassVar[bool] = False
+    uses_gpu: ClassVar[bool] = False
+    """Computes on the GPU where there is one, and there it may give another output."""
+    libraries: ClassVar[tuple[str, ...]] = ()
+    """Distributions whose version may change the output."""
     own_process: ClassVar[bool] = False
     """Imports torch, so it runs in a child process."""
     rebuilds: ClassVar[bool] = True
     """Gives the same bytes again; a training does not, so its result is kept as a fact."""
-    outside_key: ClassVar[tuple[str, ...]] = ()
+    outside_key: ClassVar[tuple[str, ...]] = ("stage", "name", "input", "rerun_on")
     """Settings that do not decide the output, or that the key holds in another form."""
     shows: ClassVar[Mapping[str, str]] = {}
     """For `runner cat`: view → the JSON Lines file in the artifact; "" is the plain view."""
@@ -90,8 +127,29 @@ class Stage(Settings):
         """Files, folders and globs that this stage reads from the workspace."""
         return ()
 
+    def writes_bytes(self, sizes: Sizes) -> tuple[Written, ...]:
+        """What this stage will write: for the sum that has to fit on the disk, so rather more."""
+        known = sizes.previous or sum(sizes.inputs.values()) + sizes.sources
+        return (Written(self.writes, known),)
+
+    def checkpoint_bytes(self, sizes: Sizes) -> int | None:
+        """Of one checkpoint to go on from; None where there are none or it is not known yet."""
+        return None
+
     def rows(self, artifact: Path, view: str) -> Iterator[str]:
         """The artifact as JSON lines, without line ends."""
         with (artifact / self.shows[view]).open(encoding="utf-8", newline="\n") as lines:
             for line in lines:
                 yield line.rstrip("\n")
+
+
+def base_made(sizes: Sizes) -> tuple[Written, ...]:
+    """The safetensors that the first stage to open a GGUF base model puts into the cache."""
+    from runner.model import weights
+
+    base = weights.read(sizes.base_model)
+    if base is None or not base.is_gguf or sizes.base_converted:
+        return ()
+    return (
+        Written("the base model as safetensors, for the cache", base.folder_bytes(), once=True),
+    )

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from runner.stages.stage import Dirs, Metrics, Settings, Stage
+from runner.stages.stage import Dirs, Metrics, Settings, Sizes, Stage, Written, base_made
+
+if TYPE_CHECKING:
+    from runner.model.weights import Weights
 
 Rate = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+
+RESUMABLE = 2
+"""As in model/checkpoint.py: the newest checkpoints, which hold optimizer state."""
+LONGEST_INTERVAL = 250
+"""As in model/sft.py: the most steps between checkpoints where the recipe does not say."""
+STATE_BYTES = 20_000
+"""Of a checkpoint's random state, curve and manifests."""
+LEAST_REPLY_BYTES = 80
+"""Of tokens, for one reply: ten with its question and all markers."""
 
 
 class Lora(Settings):
@@ -63,7 +76,9 @@ class Train(Stage):
     checkpoints: Checkpoints = Checkpoints()
     """What is saved on the way, so that an interrupted training goes on."""
 
-    outside_key = ("micro_batch_size",)
+    outside_key = (*Stage.outside_key, "micro_batch_size")
+    libraries = ("torch", "transformers", "peft", "bitsandbytes")
+    uses_gpu = True
     reads = ("tokens",)
     writes = "model"
     uses_base_model = True
@@ -77,6 +92,58 @@ class Train(Stage):
         if self.method == "full" and "lora" in self.model_fields_set:
             raise ValueError("has lora settings but method is full; delete one of the two")
         return self
+
+    def writes_bytes(self, sizes: Sizes) -> tuple[Written, ...]:
+        """The model, and all checkpoints that are there at one time: one more than are kept."""
+        from runner.model import weights
+
+        base, whole = weights.read(sizes.base_model), self.checkpoint_bytes(sizes)
+        if base is None or whole is None:
+            unknown = "{}checkpoints, not known before the base model is there"
+            if sizes.previous is None:
+                return (Written(unknown.format("model and "), 0),)
+            last = Written("model, as large as last time", sizes.previous)
+            return last, Written(unknown.format(""), 0, temporary=True)
+        trained = self._trained_bytes(base)
+        made = self._most_checkpoints(sizes)
+        resumable = min(made, RESUMABLE + 1)
+        best = min(made - resumable, self.checkpoints.keep_best)
+        found = [Written("adapter", trained)]
+        if self.method == "full":
+            found = [Written("model", base.folder_bytes())]
+        for count, each, having in ((resumable, whole, "with"), (best, trained, "without")):
+            noun = "checkpoint" if count == 1 else "checkpoints"
+            what = f"{count} {noun} {having} optimizer state, {each / 1e6:,.1f} MB each"
+            if count:
+                found.append(Written(what, count * each, temporary=True))
+        return *found, *base_made(sizes)
+
+    def checkpoint_bytes(self, sizes: Sizes) -> int | None:
+        from runner.model import weights
+
+        base = weights.read(sizes.base_model)
+        # AdamW keeps two numbers for each that is trained, in float32 too.
+        return 3 * self._trained_bytes(base) + STATE_BYTES if base else None
+
+    def _trained_bytes(self, base: Weights) -> int:
+        if self.method == "full":
+            return base.trained_bytes()
+        return base.adapter_bytes(self.lora.rank, self.lora.target_modules)
+
+    def _most_checkpoints(self, sizes: Sizes) -> int:
+        """How many are written in all, at most: a short training never has all that may be kept."""
+        every, steps = self.checkpoints.every_steps, self.max_steps
+        if steps is None:
+            if (tokens := sizes.inputs.get("tokens")) is None:
+                return self.checkpoints.keep_best + RESUMABLE + 1
+            # Two steps that follow each other have more than batch_size replies.
+            replies = tokens / LEAST_REPLY_BYTES
+            steps = math.ceil(self.epochs * (1 + 2 * replies / self.batch_size))
+        if every is not None:
+            return math.ceil(steps / every)
+        # Epochs are divided into steps anew, so that a later one may have a few more.
+        by_epoch = self.max_steps or math.ceil(self.epochs) + (self.epochs > 1)
+        return max(by_epoch, math.ceil(steps / LONGEST_INTERVAL))
 
     def run(self, dirs: Dirs) -> Metrics:
         from runner.model import load, sft

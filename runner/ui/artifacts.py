@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from runner.engine import lock, store
-from runner.engine.execute import Opened
+from runner.engine.opened import Opened
 from runner.engine.recipe import Step
 from runner.errors import PreconditionError, RecipeError
 

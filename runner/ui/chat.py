@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.chat import jsonl
-from runner.engine.execute import Opened, base_path
+from runner.engine.opened import Opened
 from runner.engine.words import escaped
 from runner.errors import PreconditionError
 from runner.ui import artifacts
@@ -36,7 +36,7 @@ def exported(opened: Opened, level: str | None) -> Path:
 
 def base_gguf(opened: Opened) -> Path:
     """The base model as llama.cpp can open it."""
-    path = base_path(opened)
+    path = opened.base_path()
     if path.is_file():
         return path
     cached = opened.workspace.cache / "gguf" / f"{path.name}-f16.gguf"

@@ -10,7 +10,7 @@ from typing import Any
 from runner import disk
 from runner.chat import jsonl
 from runner.chat.shapes import LOSSES, Loss, Shape, shaped
-from runner.engine.execute import Opened
+from runner.engine.opened import Opened
 from runner.engine.recipe import Step
 from runner.errors import PreconditionError, RecipeError, RunnerError
 from runner.ui import artifacts

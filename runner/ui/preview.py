@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby, islice
 from typing import Any
 
-from runner.engine.execute import Opened, base_path
+from runner.engine.opened import Opened
 from runner.engine.words import escaped
 from runner.ui import artifacts
 
@@ -19,7 +19,7 @@ def show(opened: Opened, count: int, *, as_json: bool, colour: bool) -> None:
     folder = artifacts.of_kind(opened, "tokenize")
     from runner.model import load, token_files  # takes seconds, and what is missing is said before
 
-    base = load.base_folder(base_path(opened), opened.workspace.cache)
+    base = load.base_folder(opened.base_path(), opened.workspace.cache)
     tokenizer = load.tokenizer(base)
     for row in islice(token_files.read(folder / "train.arrow"), count):
         shown = token_files.shown(tokenizer, row)

@@ -6,8 +6,8 @@ import os
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
+from runner.engine import words
 from runner.engine.words import escaped
-from runner.ui import words
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -105,6 +105,8 @@ def _line_of(event: Event) -> str:
             return f"{stage}: done in {spent} ({words.metrics(event['metrics'])})"
         case "stage_skipped":
             return f"{stage}: nothing to do"
+        case "stage_restored":
+            return f"{stage}: {words.size(event['bytes'])} from {event['origin']}"
         case "progress":
             return f"{stage}: {event['done']} of {event['total']} {event['unit']}"
         case "metrics" if "eval_loss" in event:

@@ -1,59 +1,81 @@
-"""What each stage of a recipe made last: when, from what reasons it would run again, how large."""
+"""What each stage of a recipe made last, how large it is, and what takes the space."""
 
 from __future__ import annotations
 
+import shutil
 import time
 from typing import Any
 
 from runner import disk
-from runner.engine import key as keys
-from runner.engine import plan, store
-from runner.engine.execute import Opened
-from runner.ui import words
+from runner.engine import cost, plan, store, usage, words
+from runner.engine.opened import Opened
+from runner.engine.plan import Planned
 
 
-def records(opened: Opened) -> list[dict[str, Any]]:
-    """One record a stage, with its state as in `plan`."""
-    found = []
+def record(opened: Opened) -> dict[str, Any]:
+    """The stages, each with its state as in `plan`; the space by kind."""
     world = opened.world()
-    for planned in plan.whole(opened.compiled, world):
-        step = planned.step
-        link = opened.workspace.links(opened.compiled.name) / step.name
-        fact = world.lock.of_stage(step.name)
-        output = planned.output or (fact.output if fact else None)
-        made = opened.state.made(keys.of(fact.parts)) if fact else []
-        last = next((m for m in made if m.output == output), None)
-        artifact = store.path_of(opened.workspace, output) if output else None
-        there = artifact is not None and artifact.is_dir()
-        found.append(
-            {
-                "stage": step.name,
-                "state": planned.state,
-                "causes": [cause.text for cause in planned.causes],
-                "output": output,
-                "path": str(link) if there else None,
-                "bytes": disk.size(artifact) if artifact and there else 0,
-                "made_at": last.made_at if last else None,
-                "seconds": last.seconds if last else None,
-                "metrics": last.metrics if last else {},
-            }
-        )
-    return found
+    planned = plan.whole(opened.compiled, world)
+    space = usage.of(opened.workspace)
+    return {
+        "stages": [_stage(opened, one, world) for one in planned],
+        "space": {
+            "free": shutil.disk_usage(disk.existing(opened.workspace.store)).free,
+            "kinds": space.kinds,
+            "recipes": space.recipes,
+        },
+        "checkpoints": _checkpoints(opened),
+    }
 
 
-def text(found: list[dict[str, Any]]) -> str:
-    """The records as a table for people."""
+def text(found: dict[str, Any]) -> str:
+    """The record as lines for people."""
     lines = []
-    width = max(len(record["stage"]) for record in found)
-    for record in found:
-        state = "up to date" if record["state"] == "skip" else "would run"
-        parts = [f"{record['stage']:{width}}  {state}"]
-        if record["made_at"]:
-            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(record["made_at"]))
-            parts.append(f"made {when} in {words.duration(record['seconds'])}")
-        if record["bytes"]:
-            parts.append(words.size(record["bytes"]))
-        if record["metrics"]:
-            parts.append(words.metrics(record["metrics"]))
+    width = max(len(stage["stage"]) for stage in found["stages"])
+    for stage in found["stages"]:
+        state = {"skip": "up to date", "blocked": "cannot run"}.get(stage["state"], "would run")
+        parts = [f"{stage['stage']:{width}}  {state}"]
+        if stage["made_at"]:
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(stage["made_at"]))
+            parts.append(f"made {when} in {words.duration(stage['seconds'])}")
+        if stage["bytes"]:
+            parts.append(words.size(stage["bytes"]))
+        if stage["metrics"]:
+            parts.append(words.metrics(stage["metrics"]))
         lines.append(" · ".join(parts))
+    space = found["space"]
+    taken = [f"{kind} {words.size(size)}" for kind, size in space["kinds"].items() if size]
+    lines.append(f"space: {', '.join(taken) or 'none'}; {words.size(space['free'])} free")
+    for recipe, kinds in space["recipes"].items():
+        parts = [f"{stage} {words.size(size)}" for stage, size in kinds.items() if size]
+        lines.append(f"  {recipe}: {', '.join(parts)}")
+    for stage, (each, more) in found["checkpoints"].items():
+        lines.append(f"{stage}: room for {more:,} more checkpoints of {words.size(each)}")
     return "\n".join(lines)
+
+
+def _stage(opened: Opened, planned: Planned, world: plan.World) -> dict[str, Any]:
+    step = planned.step
+    fact = world.lock.of_stage(step.name)
+    output = planned.output or (fact.output if fact else None)
+    made = plan.last_made(step, world)
+    artifact = store.path_of(opened.workspace, output) if output else None
+    there = artifact is not None and artifact.is_dir()
+    return {
+        "stage": step.name,
+        "state": planned.state,
+        "causes": [cause.text for cause in planned.causes],
+        "output": output,
+        "path": str(opened.links / step.name) if there else None,
+        "bytes": disk.size(artifact) if artifact and there else 0,
+        "made_at": made.made_at if made else None,
+        "seconds": made.seconds if made else None,
+        "metrics": made.metrics if made else {},
+    }
+
+
+def _checkpoints(opened: Opened) -> dict[str, tuple[int, int]]:
+    """For each training, the size of one checkpoint and how many more of them fit."""
+    trainings = (step.name for step in opened.compiled.steps if step.kind == "train")
+    found = ((name, cost.checkpoints_that_fit(opened, name)) for name in trainings)
+    return {name: sizes for name, sizes in found if sizes is not None}

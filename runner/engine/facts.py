@@ -1,0 +1,108 @@
+"""What was made from what, by whom knows it: one file a fact, in the store beside the artifacts.
+
+A stage with this key gave this output. The lockfile holds the same for people and git; here it is
+for every recipe that uses the store, with what a run measured. A fact is true for ever, so facts
+are only added; several outputs of one key are a training that was run again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runner import disk
+from runner.engine import key
+from runner.engine.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Made:
+    """The stage `stage` with `parts` gave `output`, which took `seconds` and so many bytes.
+
+    `env` has the versions and the GPU it was made with; `rebuilds` says that the same bytes come
+    out again, as they do for data, but not for a training.
+    """
+
+    stage: str
+    output: str
+    parts: key.Components
+    rebuilds: bool
+    seconds: float
+    bytes: int
+    made_at: float
+    metrics: dict[str, Any] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return key.of(self.parts)
+
+
+def of_key(workspace: Workspace, stage_key: str) -> list[Made]:
+    """All that was made with this key, newest first."""
+    try:
+        paths = list(_folder(workspace, stage_key).glob("*.json"))
+    except OSError:
+        return []
+    found = (_read(path) for path in paths)
+    return sorted((m for m in found if m is not None), key=lambda made: -made.made_at)
+
+
+def of_output(workspace: Workspace, stage_key: str, output: str) -> Made | None:
+    return _read(_folder(workspace, stage_key) / f"{output}.json")
+
+
+def every(workspace: Workspace) -> Iterator[Made]:
+    """All facts of the store."""
+    for path in (workspace.store / "facts").glob("*/*/*.json"):
+        made = _read(path)
+        if made is not None:
+            yield made
+
+
+def write(workspace: Workspace, made: Made) -> None:
+    """Adds the fact; what it says is there must be in the store already."""
+    path = _folder(workspace, made.key) / f"{made.output}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    disk.write_whole(path, as_json(made))
+    disk.sync_folder(path.parent.parent)
+
+
+def forget(workspace: Workspace, made: Made) -> None:
+    (_folder(workspace, made.key) / f"{made.output}.json").unlink(missing_ok=True)
+
+
+def as_json(made: Made) -> bytes:
+    return (json.dumps(asdict(made), ensure_ascii=True) + "\n").encode()
+
+
+def parsed(data: bytes) -> Made:
+    """The fact in `data`; raises ValueError where it is none."""
+    try:
+        made = Made(**json.loads(data))
+        if not isinstance(made.parts, dict) or not isinstance(made.made_at, int | float):
+            raise TypeError("its fields have other types")
+        return made
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"this is no fact: {error}") from error
+
+
+def _folder(workspace: Workspace, stage_key: str) -> Path:
+    return workspace.store / "facts" / stage_key[:2] / stage_key
+
+
+def _read(path: Path) -> Made | None:
+    """The fact in a file; a damaged one counts as none, which costs time and nothing else."""
+    try:
+        return parsed(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        logger.warning("%s is passed over: %s", path, error)
+        return None

@@ -1,0 +1,117 @@
+"""A plan for people and programs: what would run, why, what it costs, and what has drifted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from runner.engine import cost, plan, words
+from runner.engine.cost import Cost
+from runner.engine.opened import Opened
+from runner.engine.plan import Choice, Planned
+from runner.engine.words import escaped
+
+STATES = {
+    "run": "run",
+    "maybe": "run unless nothing changes above",
+    "restore": "restore",
+    "blocked": "cannot run",
+}
+
+
+SHOWN_BYTES = 1_000_000
+"""Less than this is no cost worth a word."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A plan with all that is said about it."""
+
+    planned: tuple[Planned, ...]
+    costs: Mapping[str, Cost]
+    drift: Mapping[str, Mapping[str, tuple[str, str]]]
+    extends: str | None
+    overrides: tuple[str, ...]
+
+
+def shown(current: Opened, choice: Choice) -> Shown:
+    """The plan, its costs, and drift of the stages that stay as they are."""
+    world = current.world(choice)
+    planned = plan.whole(current.compiled, world)
+    kept = (one for one in planned if one.state == "skip")
+    drift = {one.step.name: found for one in kept if (found := plan.drift(one, world))}
+    costs = {one.stage: one for one in cost.of(current, planned)}
+    return Shown(planned, costs, drift, current.compiled.extends, current.compiled.overrides)
+
+
+def record(shown: Shown) -> list[dict[str, Any]]:
+    """One object a stage."""
+    return [
+        {
+            "stage": one.step.name,
+            "state": one.state,
+            "causes": [asdict(cause) for cause in one.causes],
+            "output": one.output,
+            "cost": _cost_record(shown.costs.get(one.step.name)),
+            "drift": shown.drift.get(one.step.name, {}),
+        }
+        for one in shown.planned
+    ]
+
+
+def text(shown: Shown) -> str:
+    """The stages that would run, each with its causes and cost; the others are one line."""
+    return "\n".join(map(escaped, _lines(shown)))
+
+
+def _lines(shown: Shown) -> Iterator[str]:
+    if shown.extends:
+        yield f"extends {shown.extends}"
+    for override in shown.overrides:
+        yield f"with --set {override}"
+    width = max(len(one.step.name) for one in shown.planned)
+    for one in shown.planned:
+        if one.state != "skip":
+            causes = "; ".join(cause.text for cause in one.causes)
+            price = _price(shown.costs.get(one.step.name))
+            yield f"{one.step.name:{width}}  {STATES[one.state]}: {causes}{price}"
+    skipped = [one.step.name for one in shown.planned if one.state == "skip"]
+    if len(skipped) == len(shown.planned):
+        yield "nothing to do"
+    elif skipped:
+        yield f"nothing to do for {', '.join(skipped)}"
+    total = sum(one.bytes_kept for one in shown.costs.values())
+    if total >= SHOWN_BYTES:
+        yield f"in all about {words.size(total)} on the disk"
+    for stage, drift in shown.drift.items():
+        what = ", ".join(f"{name} {then} → {now}" for name, (then, now) in drift.items())
+        yield f"{stage} was made with others: {what} (`rerun_on: [env]` would make it count)"
+
+
+def _price(cost: Cost | None) -> str:
+    if cost is None:
+        return ""
+    parts = []
+    if cost.files:
+        parts.append(f"{cost.files:,} {'file' if cost.files == 1 else 'files'} to read")
+    if cost.seconds is not None:
+        parts.append(f"last time {words.duration(cost.seconds)}")
+    if cost.bytes_kept >= SHOWN_BYTES:
+        parts.append(f"about {words.size(cost.bytes_kept)}")
+    if cost.bytes_meanwhile >= SHOWN_BYTES:
+        parts.append(f"{words.size(cost.bytes_meanwhile)} more while it runs")
+    parts += [one.what for one in cost.written if not one.bytes]
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _cost_record(cost: Cost | None) -> dict[str, Any] | None:
+    if cost is None:
+        return None
+    return {
+        "files": cost.files,
+        "seconds": cost.seconds,
+        "bytes": cost.bytes_kept,
+        "bytes_meanwhile": cost.bytes_meanwhile,
+        "written": [asdict(one) for one in cost.written],
+    }
