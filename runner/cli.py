@@ -46,9 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     level = logging.DEBUG if options.debug else logging.WARNING
     logging.basicConfig(level=level, stream=sys.stderr, format="%(name)s: %(message)s")
     try:
-        for name in ("SIGTERM", "SIGHUP"):
-            if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
-                signal.signal(getattr(signal, name), _interrupt)
+        _be_interruptible()
         command: Callable[[argparse.Namespace], int] = options.command
         code = command(options)
         if sys.stdout is not None:
@@ -245,6 +243,15 @@ def _report(message: str, hint: str, exit_code: int, *, as_json: bool) -> None:
     lines = [*message.splitlines(), *(f"  {line}" for line in hint.splitlines())]
     for number, line in enumerate(lines):
         print(f"{'' if number else 'runner: '}{escaped(line)}", file=sys.stderr)
+
+
+def _be_interruptible() -> None:
+    """Has what asks a process to end raise KeyboardInterrupt, but for what `nohup` has ignored."""
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _interrupt)
 
 
 def _interrupt(*_: object) -> None:

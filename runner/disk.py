@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ def write_whole(path: Path, data: bytes) -> None:
 @contextmanager
 def being_written(path: Path) -> Iterator[Path]:
     """A path to write to, beside `path`; takes that name when it is complete and on the disk."""
-    beside = beside_of(path)
+    beside = _beside(path)
     try:
         yield beside
         sync_file(beside)
@@ -45,9 +46,12 @@ def being_written(path: Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
-def beside_of(path: Path) -> Path:
-    """A hidden name in the same folder that only this process uses, never too long for a name."""
-    return path.with_name(f".{path.name[:NAME_CHARS]}.{os.getpid()}.tmp")
+def make_folder(path: Path) -> None:
+    """Makes the folder and those above it, so durable that what is renamed into it stays."""
+    made = [one for one in (path, *path.parents) if not one.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for one in made:
+        sync_folder(one.parent)
 
 
 def publish(staged: Path, final: Path) -> None:
@@ -56,7 +60,7 @@ def publish(staged: Path, final: Path) -> None:
         if path.is_file():
             path.chmod(0o644)  # libraries make some files readable for their owner alone
     sync_tree(staged)
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(final.parent)
     try:
         staged.rename(final)
     except OSError:
@@ -65,7 +69,6 @@ def publish(staged: Path, final: Path) -> None:
         shutil.rmtree(staged)
         return
     sync_folder(final.parent)
-    sync_folder(final.parent.parent)
 
 
 def point(link: Path, target: Path) -> None:
@@ -73,9 +76,8 @@ def point(link: Path, target: Path) -> None:
     if points(link, target):
         return
     relative = os.path.relpath(target, link.parent)
-    link.parent.mkdir(parents=True, exist_ok=True)
-    beside = beside_of(link)
-    beside.unlink(missing_ok=True)
+    make_folder(link.parent)
+    beside = _beside(link)
     try:
         beside.symlink_to(relative, target_is_directory=True)
         beside.replace(link)
@@ -152,6 +154,33 @@ def full(error: Exception, where: Path, needed: int = 0) -> PreconditionError | 
         return None
     place = existing(where)
     return _no_room(place, shutil.disk_usage(place).free, needed)
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name in the same folder that only this process uses, never too long for a name.
+
+    What processes that were killed have left under such names is removed.
+    """
+    stem = path.name[:NAME_CHARS]
+    pattern = re.compile(rf"\.{re.escape(stem)}\.([0-9]+)\.tmp")
+    with suppress(OSError):  # a folder that may be written to but not be listed
+        for name in os.listdir(path.parent):  # noqa: PTH208
+            found = pattern.fullmatch(name)
+            if found and (int(found[1]) == os.getpid() or not _is_alive(int(found[1]))):
+                path.with_name(name).unlink(missing_ok=True)
+    return path.with_name(f".{stem}.{os.getpid()}.tmp")
+
+
+def _is_alive(process: int) -> bool:
+    if sys.platform == "win32":
+        return True  # there is no harmless way to ask
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # another user's
+    return True
 
 
 def _no_room(folder: Path, free: int, needed: int) -> PreconditionError:

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import subprocess
@@ -850,3 +851,13 @@ def test_a_file_that_is_there_twice_counts_once(tmp_path: Path) -> None:
     assert found["kept"] == found["dropped_exact_duplicate"] == len(data)
     paths = {record["source"]["path"] for record in workspaces.rows(artifact / "dropped.jsonl")}
     assert paths == {"chats/b/again.json"}
+
+
+def test_the_order_of_replacements_makes_no_difference() -> None:
+    values = {"name": "[Place]", "[Place]": "{{name}}", "[Place of work]": "the mill"}
+    text = "{{ name }} was at [Place], near [Place of work]"
+    for names in itertools.permutations(values):
+        unused = set(values)
+        filled = leftovers.filled(text, {name: values[name] for name in names}, unused)
+        assert filled == "[Place] was at {{name}}, near the mill"
+        assert not unused

@@ -252,3 +252,31 @@ def test_the_lock_and_the_data_are_not_opened_when_there_is_nothing_to_do(tmp_pa
     (tmp_path / "artifacts" / "apply.lock").unlink()
     assert all(step.state == "skip" for step in apply(recipe))
     assert not (tmp_path / "artifacts" / "apply.lock").exists()
+
+
+def test_an_apply_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
+    recipe = make(tmp_path)
+    for count in range(1000):
+        chat(tmp_path / "chats" / f"many-{count}.json", *[f"text {count} {n}" for n in range(40)])
+    command = ["nohup", sys.executable, "-m", "runner", "apply", str(recipe), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGHUP)
+        process.stdout.read()
+        assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15])
+def test_an_interrupt_as_the_command_starts_prints_no_traceback(
+    tmp_path: Path, delay: float
+) -> None:
+    recipe = make(tmp_path)
+    command = [sys.executable, "-m", "runner", "apply", str(recipe)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    # Until Python has read its own modules it may show where; that is before any line of ours.
+    assert "runner/" not in said.decode()
+    assert process.returncode in (0, 1, 75, -signal.SIGINT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 OPENING_CHARS = 300
 """A refusal stands at the start of a reply; later in it, the words may be a story's."""
@@ -23,18 +24,27 @@ def placeholders(text: str) -> tuple[str, ...]:
 def filled(text: str, replacements: Mapping[str, str], unused: set[str]) -> str:
     """The text with place-holders replaced; `name` stands for `{{name}}`, `[Name]` for itself.
 
-    What was there is taken out of `unused`.
+    All at once, so that no order counts: what was put in is not looked at again. What was there is
+    taken out of `unused`.
     """
-    for name, value in replacements.items():
-        parts = [text]
-        if name[:1] in ("[", "{", "<"):
-            parts = text.split(name)
-        elif "{{" in text:
-            parts = re.split(r"\{\{\s*" + re.escape(name) + r"\s*\}\}", text)
-        if len(parts) > 1:
-            unused.discard(name)
-            text = value.join(parts)
-    return text
+    names = tuple(sorted(replacements, key=lambda name: (-len(name), name)))
+
+    def value(found: re.Match[str]) -> str:
+        name = names[(found.lastindex or 1) - 1]
+        unused.discard(name)
+        return replacements[name]
+
+    return _any_of(names).sub(value, text)
+
+
+@lru_cache(maxsize=8)
+def _any_of(names: tuple[str, ...]) -> re.Pattern[str]:
+    """One group for each name."""
+    patterns = (
+        re.escape(name) if name[:1] in ("[", "{", "<") else rf"\{{\{{\s*{re.escape(name)}\s*\}}\}}"
+        for name in names
+    )
+    return re.compile("|".join(f"({pattern})" for pattern in patterns))
 
 
 def refusal(text: str, phrases: Sequence[str] = ()) -> str:

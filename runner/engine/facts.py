@@ -69,7 +69,7 @@ def every(workspace: Workspace) -> Iterator[Made]:
 def write(workspace: Workspace, made: Made) -> None:
     """Adds the fact; what it says is there must be in the store already."""
     path = _folder(workspace, made.key) / f"{made.output}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(path.parent)
     disk.write_whole(path, as_json(made))
     disk.sync_folder(path.parent.parent)
 

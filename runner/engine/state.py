@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from runner import disk
 from runner.errors import PreconditionError, RunnerError
 
 RACY_NS = 2_000_000_000
@@ -41,7 +42,7 @@ class State:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            disk.make_folder(path.parent)
             self._db = _opened(path)
         except (OSError, sqlite3.OperationalError):
             # No right to write here: who only looks needs no memory.
