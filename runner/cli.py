@@ -80,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if full is not None:
             _report(full.message, full.hint, full.exit_code, as_json=options.json)
             return full.exit_code
-        where = f": {error.filename}" if error.filename is not None else ""
+        place = error.filename2 or error.filename  # of two names, the one that was to be made
+        where = f": {place}" if place is not None else ""
         what = f"{error.strerror or error}{where}"
         hint = "check that it is there, and that you may read it, or write to it"
         _report(what, hint, PreconditionError.exit_code, as_json=options.json)

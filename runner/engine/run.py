@@ -251,7 +251,7 @@ def job_of(
     *,
     output: Path,
     scratch: Path,
-    previous: str | None,
+    previous: lock.Fact | None,
 ) -> worker.Job:
     """What a stage is to do, reading what those above it gave (stage name → output)."""
     step, space = planned.step, current.workspace
@@ -267,11 +267,16 @@ def job_of(
         output=str(output),
         scratch=str(scratch),
         cache=str(space.cache),
-        previous=previous,
+        previous=str(store.path_of(space, previous.output)) if previous else None,
+        previous_inputs={
+            kind: str(store.path_of(space, output))
+            for kind, output in (previous.parts.get("inputs", {}) if previous else {}).items()
+            if store.is_whole(space, output)
+        },
     )
 
 
-def _previous(current: Opened, planned: Planned) -> str | None:
+def _previous(current: Opened, planned: Planned) -> lock.Fact | None:
     """The stage's last output, where it differs from the one to make by what it was made from.
 
     Its content is checked: damage must not be carried into new outputs.
@@ -285,7 +290,7 @@ def _previous(current: Opened, planned: Planned) -> str | None:
     )
     if then != now or not store.is_whole(current.workspace, before.output):
         return None
-    return str(store.path_of(current.workspace, before.output))
+    return before
 
 
 def _pin(current: Opened) -> None:
