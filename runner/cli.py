@@ -14,7 +14,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.errors import DriftError, InterruptedRun, PreconditionError, RecipeError, RunnerError
+from runner.errors import (
+    DriftError,
+    InterruptedRun,
+    PreconditionError,
+    RecipeError,
+    RunnerError,
+    Stop,
+)
 
 if TYPE_CHECKING:
     from runner.chat.shapes import Shape
@@ -256,7 +263,7 @@ def _be_interruptible() -> None:
 
 
 def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+    raise Stop
 
 
 def _mute() -> None:

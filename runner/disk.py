@@ -56,9 +56,8 @@ def make_folder(path: Path) -> None:
 
 def publish(staged: Path, final: Path) -> None:
     """Moves a finished folder to its place; when one is there already, it is the same: keep it."""
-    for path in staged.rglob("*"):
-        if path.is_file():
-            path.chmod(0o644)  # libraries make some files readable for their owner alone
+    for path in files(staged):
+        path.chmod(0o644)  # libraries make some files readable for their owner alone
     sync_tree(staged)
     make_folder(final.parent)
     try:
@@ -89,10 +88,13 @@ def point(link: Path, target: Path) -> None:
 
 def sync_tree(folder: Path) -> None:
     """Makes the files of a folder durable, and then their names."""
-    for parent, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            sync_file(Path(parent, name))
-        sync_folder(Path(parent))
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                sync_tree(Path(entry.path))
+            else:
+                sync_file(Path(entry.path))
+    sync_folder(folder)
 
 
 def sync_file(path: Path) -> None:
@@ -131,11 +133,28 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def size(folder: Path) -> int:
-    """Bytes of all files below the folder, or of a file."""
-    if folder.is_file():
-        return folder.stat().st_size
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def files(folder: Path) -> Iterator[Path]:
+    """All files below the folder, links to files among them.
+
+    Raises OSError for a folder that cannot be read, which `rglob` and `os.walk` take for empty.
+    """
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from files(Path(entry.path))
+            elif entry.is_file():
+                yield Path(entry.path)
+
+
+def size(path: Path) -> int:
+    """Bytes of all files below a folder, or of a file; 0 where there is none."""
+    if not path.is_dir():
+        return path.stat().st_size if path.exists() else 0
+    found = 0
+    for file in files(path):
+        with suppress(FileNotFoundError):  # somebody has just deleted it
+            found += file.stat().st_size
+    return found
 
 
 def check_room(folder: Path, needed: int) -> None:

@@ -44,5 +44,10 @@ class DriftError(RunnerError):
     exit_code = 5
 
 
+class Stop(KeyboardInterrupt):
+    """What a signal raises. Python ends itself by SIGINT at exit, whatever the exit code, when a
+    KeyboardInterrupt itself leaves an `exec`, as it may while a class is built."""
+
+
 class InterruptedRun(RunnerError):
     exit_code = 75

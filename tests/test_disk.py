@@ -1,5 +1,7 @@
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,31 @@ def test_a_link_moves_from_one_target_to_the_next(tmp_path: Path) -> None:
         disk.point(tmp_path / "links" / "stage", tmp_path / "store" / name)
         assert (tmp_path / "links" / "stage").resolve().name == name
     assert [path.name for path in (tmp_path / "links").iterdir()] == ["stage"]
+
+
+def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / "file").write_text("x")
+    scandir = os.scandir
+
+    def refused(path: object) -> object:
+        if str(path).endswith("inside"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(os, "scandir", refused)
+    for work in (disk.sync_tree, disk.size, lambda folder: list(disk.files(folder))):
+        with pytest.raises(PermissionError):
+            work(tmp_path)
+
+
+def test_names_that_killed_processes_left_are_cleared(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", "pass"])
+    dead.wait()
+    for left in (f".x.lock.{dead.pid}.tmp", f".x.lock.{os.getppid()}.tmp", ".x.lock.tmp"):
+        (tmp_path / left).touch()
+    disk.write_whole(tmp_path / "x.lock", b"whole")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"x.lock", f".x.lock.{os.getppid()}.tmp", ".x.lock.tmp"}

@@ -49,7 +49,9 @@ class Log:
 
     def __init__(self, path: Path, *listeners: Listener) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = path.open("a", encoding="utf-8", newline="\n")
+        self._file: TextIO = path.open(
+            "a", encoding="utf-8", errors="backslashreplace", newline="\n"
+        )
         self._listeners = listeners
 
     def __enter__(self) -> Log:

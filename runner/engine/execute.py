@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from runner import disk
 from runner.engine import commit, lock, store
 from runner.engine.opened import Opened
 from runner.engine.plan import EVERYTHING, Choice, Planned
@@ -30,6 +31,9 @@ def apply(
     if all(step.state == "skip" for step in planned) and commit.is_settled(current, planned):
         for step in planned:
             store.use(current.workspace, step.output or "")
+        if store.has_left(current.workspace):
+            with contextlib.suppress(OSError), store.staging(current.workspace):
+                pass  # what dead runs left is removed on the way
         return planned
     with _locked(current, wait, listen) as waited:
         if waited:
@@ -94,7 +98,7 @@ def _locked(current: Opened, wait: bool, listen: Listener) -> Iterator[bool]:
     from filelock import FileLock, Timeout
 
     space = current.workspace
-    space.artifacts.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(space.artifacts)
     held = FileLock(space.artifacts / "apply.lock")
     waited = False
     try:

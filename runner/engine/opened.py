@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runner import disk
 from runner.engine import key, lock, plan, recipe, workspace
 from runner.engine.elsewhere import Elsewhere
 from runner.engine.recipe import Compiled
@@ -104,11 +105,9 @@ def at(path: Path, root: Path | None = None, overrides: Sequence[str] = ()) -> I
 
 def claim(current: Opened) -> None:
     """Writes down whose results the folder of links holds."""
-    own = _own_name(current)
-    marker = current.links / ".recipe"
-    if not marker.exists() or marker.read_text(encoding="utf-8") != own:
-        current.links.mkdir(parents=True, exist_ok=True)
-        marker.write_text(own, encoding="utf-8")
+    if _owner(current) != _own_name(current):
+        disk.make_folder(current.links)
+        disk.write_whole(current.links / ".recipe", os.fsencode(_own_name(current)))
 
 
 def _is_current(compiled: Compiled, path: Path) -> bool:
@@ -129,17 +128,22 @@ def _refuse_a_second(current: Opened) -> None:
                 f"{own} and {other.name} would share the lockfile {current.lock_path.name}",
                 hint="rename one of them",
             )
-    try:
-        owner = Path((current.links / ".recipe").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return
+    owner = _owner(current)
     there = current.workspace.root / owner
-    if str(owner) != _own_name(current) and there.exists() and not there.samefile(own):
+    if owner not in ("", _own_name(current)) and there.exists() and not there.samefile(own):
         raise RecipeError(
             f"{owner} is called {current.compiled.name!r} too, and has its results in"
             f" {current.links}",
             hint="give one of the recipes another `name:`",
         )
+
+
+def _owner(current: Opened) -> str:
+    """The recipe whose results the folder of links holds, or nothing."""
+    try:
+        return os.fsdecode((current.links / ".recipe").read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
 
 
 def _own_name(current: Opened) -> str:

@@ -413,12 +413,11 @@ class _File:
 def _described(folder: Path) -> tuple[_File, ...]:
     """All files of the folder by name."""
     found = []
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                sha256 = file_digest(file, "sha256").hexdigest()
-            name = path.relative_to(folder).as_posix()
-            found.append(_File(name, path.stat().st_size, sha256))
+    for path in disk.files(folder):
+        with path.open("rb") as file:
+            sha256 = file_digest(file, "sha256").hexdigest()
+        name = path.relative_to(folder).as_posix()
+        found.append(_File(name, path.stat().st_size, sha256))
     return tuple(sorted(found, key=lambda file: file.path))
 
 

@@ -70,7 +70,7 @@ class State:
     def hashes(self, paths: Iterable[str], *, trust_stat: bool = True) -> dict[str, str]:
         """The SHA-256 of each file; one that has not changed since it was hashed is not opened."""
         # One statement is one transaction: nobody holds the database while a stage is at work.
-        rows = self._db.execute("SELECT path, size, mtime, ctime, inode, sha256 FROM files")
+        rows = self._ask("SELECT path, size, mtime, ctime, inode, sha256 FROM files")
         known = {row[0]: row[1:] for row in rows}
         found: dict[str, str] = {}
         fresh: list[tuple[Any, ...]] = []
@@ -95,8 +95,8 @@ class State:
     def scanned(self, patterns: str) -> tuple[bytes, str] | None:
         """The digest of what `looked_at` last saw there, and the hash of those files' manifest."""
         query = "SELECT digest, manifest FROM scans WHERE patterns = ?"
-        row = self._db.execute(query, (patterns,)).fetchone()
-        return (row[0], row[1]) if row else None
+        rows = self._ask(query, patterns)
+        return (rows[0][0], rows[0][1]) if rows else None
 
     def remember_scan(self, patterns: str, digest: bytes, manifest: str) -> None:
         with self._quietly():
@@ -105,24 +105,32 @@ class State:
 
     def manifest(self, hash: str) -> dict[str, str] | None:
         """The files of a manifest seen before: name → SHA-256."""
-        row = self._db.execute("SELECT files FROM manifests WHERE hash = ?", (hash,)).fetchone()
-        return json.loads(row[0]) if row else None
+        rows = self._ask("SELECT files FROM manifests WHERE hash = ?", hash)
+        return json.loads(rows[0][0]) if rows else None
 
     def remember_manifest(self, hash: str, files: dict[str, str]) -> None:
-        known = self._db.execute("SELECT 1 FROM manifests WHERE hash = ?", (hash,)).fetchone()
-        if known is None:
+        if not self._ask("SELECT 1 FROM manifests WHERE hash = ?", hash):
             with self._quietly():
                 row = (hash, json.dumps(files))
                 self._db.execute("INSERT OR IGNORE INTO manifests VALUES (?, ?)", row)
 
     def compiled(self, hash: str) -> dict[str, Any] | None:
-        row = self._db.execute("SELECT compiled FROM recipes WHERE hash = ?", (hash,)).fetchone()
-        return json.loads(row[0]) if row else None
+        rows = self._ask("SELECT compiled FROM recipes WHERE hash = ?", hash)
+        return json.loads(rows[0][0]) if rows else None
 
     def remember_compiled(self, hash: str, compiled: dict[str, Any]) -> None:
         with self._quietly():
             row = (hash, json.dumps(compiled))
             self._db.execute("INSERT OR REPLACE INTO recipes VALUES (?, ?)", row)
+
+    def _ask(self, query: str, *values: str) -> list[Any]:
+        """The rows; where the database cannot be used, it is gone on without."""
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.OperationalError:  # no room or no right for its journal
+            self._db.close()
+            self._db = _opened(Path(":memory:"))
+            return self._db.execute(query, values).fetchall()
 
     @contextmanager
     def _quietly(self) -> Iterator[None]:
@@ -130,7 +138,7 @@ class State:
         try:
             yield
         except sqlite3.OperationalError:
-            with suppress(sqlite3.OperationalError):
+            with suppress(sqlite3.Error):
                 self._db.execute("ROLLBACK")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from runner import disk, processes
-from runner.errors import InterruptedRun, PreconditionError, RunnerError
+from runner.errors import InterruptedRun, PreconditionError, RunnerError, Stop
 from runner.sources import SourceFile
 
 
@@ -131,7 +131,7 @@ def as_json(job: Job) -> str:
 
 
 def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+    raise Stop
 
 
 if __name__ == "__main__":
