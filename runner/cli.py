@@ -228,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     gc.add_argument("named", nargs="*", metavar="HASH", help="a trained model that may go too")
     gc.add_argument("--delete", action="store_true", help="delete it")
     gc.add_argument("--forget", type=Path, metavar="DIR", help="a workspace that is gone for good")
-    gc.add_argument("--workspace", type=Path, default=Path(), metavar="DIR", help="whose store")
+    gc.add_argument("--workspace", type=Path, metavar="DIR", help="whose store (the one here)")
     command("push", _push, "copy what is made to the remote cache of runner.yaml")
     schema = command("schema", _schema, "print the JSON Schema of recipes", recipe=False)
     schema.add_argument("--write", type=Path, metavar="FILE", help="write it there instead")
@@ -520,12 +520,13 @@ def _gc(options: argparse.Namespace) -> int:
     from runner.engine import gc, store, workspace
     from runner.ui import garbage
 
-    space = workspace.at(options.workspace)
+    space = workspace.at(options.workspace) if options.workspace else workspace.around(Path("x"))
     if options.forget:
         store.forget(space, options.forget)
     found = gc.find(space, named=options.named)
     if options.delete:
-        gc.delete(space, found)
+        gone = gc.delete(space, found)
+        found = [one for one in found if one in gone or not one.goes]
     if options.json:
         _print_json(garbage.record(found, deleted=options.delete))
     else:

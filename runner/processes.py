@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from runner.errors import RunnerError
@@ -22,6 +19,10 @@ def mapped(work: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Re
 
     `work` and the tasks go to new processes, so they must be importable and plain.
     """
+    import multiprocessing  # here, because most runs have too little to do for several processes
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from concurrent.futures.process import BrokenProcessPool
+
     pool = ProcessPoolExecutor(
         min(len(tasks), cores()),
         mp_context=multiprocessing.get_context("spawn"),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from runner.engine import facts
 from runner.engine.facts import Made
 from runner.engine.workspace import SETTINGS
-from runner.errors import PreconditionError, RunnerError
+from runner.errors import PreconditionError
 
 if TYPE_CHECKING:
     from runner.engine.remote import Remote
@@ -62,31 +62,49 @@ class Elsewhere:
         return output not in self._refused and self._asked(lambda r: r.holds(output), False)
 
     def fetch(self, output: str, folder: Path) -> bool:
-        """Fills the empty folder with the artifact; False where that failed, which is said."""
+        """Fills the empty folder with the artifact; False where that failed, which is said.
+
+        Raises PreconditionError where it does not fit on the disk: made anew, it would not either.
+        """
+        if self._remote is None:
+            return False
+        from runner.engine.remote import DamagedRemote, RemoteError
+
         try:
-            if self._remote is not None:
-                self._remote.fetch(output, folder)
-                return True
-        except RunnerError as error:
+            self._remote.fetch(output, folder)
+            return True
+        except RemoteError as error:
             self._refused.add(output)
+            self._left_alone = not isinstance(error, DamagedRemote)
             self.warn(f"{error.message}; it is made anew")
-        return False
+            return False
 
     def keep(self, made: Made, folder: Path) -> None:
         """Copies an artifact there, and then the fact; nothing where that is there already."""
+        if self._remote is None or self._left_alone:
+            return
+        from runner.engine.remote import DamagedRemote
 
         def upload(remote: Remote) -> None:
             if made.output not in remote.facts(made.key):
                 remote.upload(made.output, folder)
                 remote.publish(made.key, made.output, facts.as_json(made))
 
-        self._asked(upload, None)
+        try:
+            self._asked(upload, None)
+        except DamagedRemote as error:
+            self.warn(f"{error.message}; it is not uploaded")
 
     def _asked(self, question: Callable[[Remote], Answer], nothing: Answer) -> Answer:
+        """What the remote says; `nothing`, with one warning, from when on it cannot be used."""
         if self._remote is None or self._left_alone:
             return nothing
+        from runner.engine.remote import DamagedRemote
+
         try:
             return question(self._remote)
+        except DamagedRemote:
+            raise  # a fault of one artifact
         except PreconditionError as error:
             self._left_alone = True
             self.warn(f"{error.message}; going on without it")

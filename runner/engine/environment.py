@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,8 +29,15 @@ def of(step: Step) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def digest(env: dict[str, str]) -> str:
+def digest(env: Mapping[str, str]) -> str:
     return key.of_files(env.items())
+
+
+def changes(then: Mapping[str, str], now: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """What differs: name → then, now; nothing where it was not written down then."""
+    names = sorted(then.keys() | now.keys()) if then else []
+    both = {name: (then.get(name, "none"), now.get(name, "none")) for name in names}
+    return {name: (was, is_now) for name, (was, is_now) in both.items() if was != is_now}
 
 
 @cache

@@ -29,6 +29,7 @@ def apply(
     planned = current.plan(choice)
     _refuse(current, planned, choice)
     if all(step.state == "skip" for step in planned) and commit.is_settled(current, planned):
+        store.register(current.workspace)
         for step in planned:
             store.use(current.workspace, step.output or "")
         if store.has_left(current.workspace):

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from runner import disk
-from runner.engine import key
+from runner.engine import key, words
 from runner.engine.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,19 @@ class Made:
     @property
     def key(self) -> str:
         return key.of(self.parts)
+
+
+_TYPES: dict[str, Any] = {
+    "stage": str,
+    "output": str,
+    "parts": dict,
+    "rebuilds": bool,
+    "seconds": int | float,
+    "bytes": int,
+    "made_at": int | float,
+    "metrics": dict,
+    "env": dict,
+}
 
 
 def of_key(workspace: Workspace, stage_key: str) -> list[Made]:
@@ -86,10 +100,13 @@ def parsed(data: bytes) -> Made:
     """The fact in `data`; raises ValueError where it is none."""
     try:
         made = Made(**json.loads(data))
-        if not isinstance(made.parts, dict) or not isinstance(made.made_at, int | float):
-            raise TypeError("its fields have other types")
+        for name, kind in _TYPES.items():
+            if not isinstance(getattr(made, name), kind):
+                raise TypeError(f"{name} is {words.shown(getattr(made, name))}")
+        if not all(map(math.isfinite, (made.seconds, made.bytes, made.made_at))):
+            raise TypeError("a time or size is endless")
         return made
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError, RecursionError, OverflowError) as error:
         raise ValueError(f"this is no fact: {error}") from error
 
 
@@ -100,7 +117,10 @@ def _folder(workspace: Workspace, stage_key: str) -> Path:
 def _read(path: Path) -> Made | None:
     """The fact in a file; a damaged one counts as none, which costs time and nothing else."""
     try:
-        return parsed(path.read_bytes())
+        made = parsed(path.read_bytes())
+        if (made.key, made.output) != (path.parent.name, path.stem):
+            raise ValueError("it does not say what its name does")
+        return made
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

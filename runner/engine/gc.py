@@ -1,29 +1,38 @@
 """What the store holds that nobody needs any more.
 
-Kept is what a lockfile names: any in the working tree, in any commit that a branch or tag leads to
-directly, of every workspace that uses the store; what the links of a recipe lead to; and all that
-is younger than two weeks. What is trained goes only by name: time alone does not bring it back.
+Kept is what a lockfile names: any in the working tree, in git's index, in a stash, and in any
+commit that a branch or tag leads to directly, of every workspace that uses the store; what the
+links of a recipe lead to; and all that is younger than two weeks. What is trained goes only by
+name: time alone does not bring it back. Where one of these cannot be asked, nothing goes.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from runner import disk
-from runner.engine import facts, lock, store, usage
+from runner.engine import facts, lock, store, usage, worker
 from runner.engine.facts import Made
 from runner.engine.workspace import Workspace
-from runner.errors import PreconditionError, RecipeError, RunnerError
+from runner.errors import BusyError, PreconditionError, RecipeError, RunnerError
 
 YOUNG_S = 14 * 24 * 3600
 """Nothing goes that was made or used so shortly ago."""
-LOCK_BYTES_MAX = 64 << 20
+NAME_DIGITS_MIN = 6
+"""A shorter beginning of a hash is more likely a slip than a name."""
+LOCATIONS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX_FILE", "GIT_NAMESPACE")
+"""Variables by which git would answer for another repository, as they are set in its hooks."""
+
+REFS = "--format=%(objectname) %(refname)"
+SUBMODULE = "160000"
 
 Why = Literal["needed", "young", "trained", "unknown", "garbage", "named"]
 
@@ -47,137 +56,284 @@ def find(space: Workspace, named: Sequence[str] = ()) -> list[Found]:
 
     Raises RunnerError where a workspace that uses the store cannot be asked.
     """
-    projects = [
-        space,
-        *(project for project in store.projects(space) if project.root != space.root),
-    ]
-    needed = {output for project in projects for output in _named_by_lockfiles(project)}
-    needed |= {path.name for project in projects for path in usage.outputs_of_links(project)}
-    known: dict[str, Made] = {made.output: made for made in facts.every(space)}
-    asked = [_object_named(space, name, needed) for name in named]
+    needed = _needed(_projects(space))
+    known: dict[str, list[Made]] = {}
+    for made in facts.every(space):
+        known.setdefault(made.output, []).append(made)
+    objects = {path.name: path for path in store.objects(space)}
+    asked = [_object_named(objects, name, needed) for name in named]
+    there = objects.keys() - set(asked)
     found = []
-    for path in store.objects(space):
-        made = known.get(path.name)
-        what = made.stage if made else "unknown"
+    for output, path in objects.items():
+        makers = known.get(output, [])
+        size, newest = usage.measured(path)
         why: Why = "garbage"
-        if path.name in needed:
+        if output in needed:
             why = "needed"
-        elif path in asked:
+        elif output in asked:
             why = "named"
-        elif _is_young(path):
+        elif _is_young(newest):
             why = "young"
-        elif made is None:
+        elif not makers:
             why = "unknown"
-        elif not made.rebuilds:
+        elif not any(_comes_back(made, known, there) for made in makers):
             why = "trained"
-        found.append(Found(path, f"{what} {path.name[:12]}", disk.size(path), why))
-    stays = {one.path.name for one in found if not one.goes}
-    return [*found, *_left(space, stays)]
+        what = makers[0].stage if makers else "unknown"
+        found.append(Found(path, f"{what} {output[:12]}", size, why))
+    return [*found, *_left(space)]
 
 
-def delete(space: Workspace, found: Sequence[Found]) -> None:
-    """Removes what goes; each folder is out of sight before its first file is gone."""
-    with store.staging(space) as staging:
+def delete(space: Workspace, found: Sequence[Found]) -> list[Found]:
+    """Removes what goes, unless somebody has begun to need or use it since; what went.
+
+    Each folder is out of sight before its first file is gone. Raises BusyError while an apply is at
+    work, and PreconditionError where some of it may not be removed.
+    """
+    if not space.store.is_dir() and not any(one.goes for one in found):
+        return []
+    projects = _projects(space)
+    refused: dict[Path, str] = {}
+    with _alone(projects), store.staging(space) as staging:
+        needed = _needed(projects)
         for number, one in enumerate(one for one in found if one.goes):
-            beside = staging / str(number)
+            newest = usage.measured(one.path)[1]
+            if one.path.name in needed or _is_young(newest):
+                continue
             try:
-                one.path.rename(beside)
+                disk.remove(_out_of_sight(one.path, staging / str(number)))
+                if one.path.parent == space.scratch:
+                    for path in worker.lock_of(one.path):
+                        disk.remove(path)
             except FileNotFoundError:
                 continue
-            except OSError:  # on another disk than the store
-                disk.remove(one.path)
-                continue
-            if one.why == "garbage" and _is_young(beside):
-                beside.rename(one.path)  # somebody has begun to use it
-                continue
-            disk.remove(beside)
-    gone = {one.path.name for one in found if one.goes and not one.path.exists()}
-    for made in list(facts.every(space)):
-        if made.rebuilds and made.output in gone:
-            facts.forget(space, made)
-
-
-def _object_named(space: Workspace, name: str, needed: set[str]) -> Path:
-    """The artifact whose hash begins so."""
-    paths = [path for path in store.objects(space) if path.name.startswith(name)]
-    if len(name) < 6 or len(paths) != 1:
-        raise RecipeError(
-            f"{name!r} names {len(paths)} artifacts of the store", hint="give more of its hash"
+            except OSError as error:
+                refused[one.path] = error.strerror or str(error)
+        for made in facts.every(space):
+            if made.rebuilds and made.output not in needed and not store.holds(space, made.output):
+                facts.forget(space, made)
+    if refused:
+        path, why = next(iter(refused.items()))
+        raise PreconditionError(
+            f"{len(refused)} of what may go cannot be deleted; {path}: {why}",
+            hint="perhaps it is another user's; the rest is deleted",
         )
-    if paths[0].name in needed:
+    return [one for one in found if one.goes and not one.path.exists()]
+
+
+def _projects(space: Workspace) -> list[Workspace]:
+    """The workspaces that use the store."""
+    return [space, *(project for project in store.projects(space) if project.root != space.root)]
+
+
+@contextmanager
+def _alone(projects: Sequence[Workspace]) -> Iterator[None]:
+    """Keeps every apply from starting in the workspaces."""
+    from filelock import FileLock, Timeout
+
+    with ExitStack() as held:
+        for project in projects:
+            if not project.artifacts.is_dir():
+                continue
+            try:
+                held.enter_context(FileLock(project.artifacts / "apply.lock", timeout=0))
+            except Timeout:
+                raise BusyError(
+                    f"an apply is at work in {project.root}, so nothing is deleted",
+                    hint="run the same command again when it has ended",
+                ) from None
+            except OSError as error:
+                raise PreconditionError(
+                    f"{project.root} cannot be kept from starting an apply: {error.strerror}",
+                    hint="have a user delete who may write in every workspace of the store",
+                ) from error
+        yield
+
+
+def _out_of_sight(path: Path, hidden: Path) -> Path:
+    """Where the folder or file is now; beside its place, where the store is on another disk."""
+    try:
+        return path.rename(hidden)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        return path.rename(path.with_name(f".{path.name}.gone"))
+
+
+def _object_named(objects: Mapping[str, Path], name: str, needed: set[str]) -> str:
+    """The artifact whose hash begins so, if it may go."""
+    outputs = [output for output in objects if output.startswith(name)]
+    if len(name) < NAME_DIGITS_MIN:
+        hint = f"give {NAME_DIGITS_MIN} digits of its hash or more, as `runner gc` shows them"
+        raise RecipeError(f"{name!r} is too short to name an artifact", hint=hint)
+    if len(outputs) != 1:
+        hint = "give more of its hash" if outputs else "`runner gc` shows what there is"
+        raise RecipeError(f"{name!r} names {len(outputs)} artifacts of the store", hint=hint)
+    if outputs[0] in needed:
         raise RunnerError(
             f"{name} is named by a lockfile of a branch, tag or workspace, so it stays",
             hint="delete that branch or tag, or the line in the lockfile, first",
         )
-    return paths[0]
+    if _is_young(usage.measured(objects[outputs[0]])[1]):
+        raise RunnerError(
+            f"{name} was made or used in the last two weeks, so it stays",
+            hint=f"name it again later, or remove the folder yourself: {objects[outputs[0]]}",
+        )
+    return outputs[0]
 
 
-def _named_by_lockfiles(space: Workspace) -> set[str]:
-    """All outputs and inputs that the lockfiles of a workspace name, in any branch or tag."""
-    texts = [path.read_bytes() for path in _lockfiles(space)]
-    return {output for text in (*texts, *_lockfiles_in_git(space)) for output in lock.hashes(text)}
+def _comes_back(
+    made: Made,
+    known: Mapping[str, Sequence[Made]],
+    there: Set[str],
+    below: frozenset[str] = frozenset(),
+) -> bool:
+    """Whether the same is made again when it is gone: data is, what training gave is not.
+
+    An export of a trained model is as long as that model is there, and no longer. `below` is what
+    is made from it, and so does not help.
+    """
+    if not made.rebuilds or made.output in below:
+        return False
+    below |= {made.output}
+    return all(
+        output in there
+        or any(_comes_back(one, known, there, below) for one in known.get(output, []))
+        for output in made.parts.get("inputs", {}).values()
+    )
+
+
+def _needed(projects: Iterable[Workspace]) -> set[str]:
+    """All outputs that the links and lockfiles of the workspaces name, in any branch or tag."""
+    needed: set[str] = set()
+    repositories: set[Path] = set()
+    for project in projects:
+        for outputs in usage.links(project).values():
+            needed.update(outputs.values())
+        applied = _applied_recipes(project)
+        for path in (*_lockfiles(project), *map(lock.path_of, applied)):
+            with suppress(FileNotFoundError):
+                needed |= lock.hashes(path.read_bytes())
+        for folder in (project.root, *(recipe.parent for recipe in applied)):
+            repositories |= _repository(folder)
+    for repository in sorted(repositories):
+        needed |= _named_in(repository)
+    return needed
 
 
 def _lockfiles(space: Workspace) -> Iterator[Path]:
-    for folder, folders, names in os.walk(space.root):
+    """Those in the working tree."""
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise PreconditionError(
+                f"{error.filename} cannot be looked into, and may hold a lockfile:"
+                f" {error.strerror}",
+                hint="make it readable, so that nothing is deleted that is needed",
+            ) from error
+
+    for folder, folders, names in os.walk(space.root, onerror=refuse):
         inside = Path(folder)
         folders[:] = [
             name
             for name in folders
-            if not name.startswith(".") and inside / name not in (space.artifacts, space.store)
+            if name != ".git" and inside / name not in (space.artifacts, space.store)
         ]
-        yield from (inside / name for name in names if name.endswith(".lock"))
+        locks = (inside / name for name in names if name.endswith(".lock"))
+        yield from (path for path in locks if path.is_file())
 
 
-def _lockfiles_in_git(space: Workspace) -> Iterator[bytes]:
-    if not (space.root / ".git").exists():
-        inside = _git(space, "rev-parse", "--is-inside-work-tree")
-        if inside is None:
-            return
-    listed = _git(space, "for-each-ref", "--format=%(objectname)")
-    if listed is None:
-        raise PreconditionError(
-            f"git cannot say which branches {space.root} has, so nothing can be called unneeded",
-            hint="check that `git for-each-ref` works there",
-        )
-    head = _git(space, "rev-parse", "--verify", "-q", "HEAD") or b""
-    blobs: set[str] = set()
-    for revision in dict.fromkeys([*listed.decode().split(), *head.decode().split()]):
-        tree = _git(space, "ls-tree", "-r", "-z", "--full-tree", revision) or b""
-        for entry in tree.split(b"\0"):
-            about, _, name = entry.partition(b"\t")
-            if name.endswith(b".lock"):
-                blobs.add(about.split()[2].decode())
-    for blob in sorted(blobs):
-        text = _git(space, "cat-file", "blob", blob)
-        if text is not None:
-            yield text
+def _applied_recipes(space: Workspace) -> list[Path]:
+    """The recipes whose results there are; they may lie outside of the workspace."""
+    markers = space.artifacts.glob("*/.recipe")
+    return [space.root / marker.read_text(encoding="utf-8") for marker in markers]
 
 
-def _git(space: Workspace, *arguments: str) -> bytes | None:
-    """What git answers; None where it cannot."""
+def _repository(folder: Path) -> set[Path]:
+    """The folder with the git repository that this one belongs to, if it does."""
+    folder = folder.resolve()
+    above = [one for one in (folder, *folder.parents) if (one / ".git").exists()]
+    return set(above[:1])
+
+
+def _named_in(repository: Path) -> set[str]:
+    """All hashes in lockfiles that git keeps: in branches, tags, stashes, HEAD and the index."""
+    listed = [line.split() for line in _git(repository, "for-each-ref", REFS).splitlines()]
+    revisions = {objectname for objectname, _ in listed}
+    if any(name == "refs/stash" for _, name in listed):
+        # A stash has its index as the second parent, and files unknown to git as the third.
+        revisions |= set(_git(repository, "rev-list", "-g", "--parents", "refs/stash").split())
+    head = _git(repository, "rev-parse", "-q", "--verify", "HEAD", none_is_1=True)
+    revisions |= set(head.split())
+    blobs = {entry.split()[1] for entry in _locks(_git(repository, "ls-files", "-s", "-z"))}
+    for kind, name in _checked(repository, [f"{revision}^{{}}" for revision in revisions]):
+        if kind != "blob":
+            tree = _git(repository, "ls-tree", "-r", "-z", "--full-tree", name)
+            blobs |= {entry.split()[2] for entry in _locks(tree)}
+    files = [name for _, name in _checked(repository, blobs)]
+    text = _git(repository, "cat-file", "--batch", lines=files)
+    return lock.hashes(text.encode(errors="surrogateescape"))
+
+
+def _locks(listing: str) -> Iterator[str]:
+    """What git says of each lockfile in a NUL-separated listing, before its name."""
+    for entry in listing.split("\0"):
+        about, _, name = entry.partition("\t")
+        if name.endswith(".lock") and not about.startswith(SUBMODULE):
+            yield about
+
+
+def _checked(repository: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Kind and name of each of git's objects; raises PreconditionError where one is missing."""
+    kinds = "--batch-check=%(objecttype) %(objectname)"
+    for answer in _git(repository, "cat-file", kinds, lines=names).splitlines():
+        kind, _, name = answer.partition(" ")
+        if name == "missing":
+            raise _unknown(repository, f"{kind} is missing")
+        yield kind, name
+
+
+def _git(
+    repository: Path, *arguments: str, lines: Iterable[str] = (), none_is_1: bool = False
+) -> str:
+    """What git answers; raises PreconditionError where it cannot, or only in part."""
+    environment = {name: value for name, value in os.environ.items() if name not in LOCATIONS}
     try:
-        command = ["git", "-C", str(space.root), *arguments]
-        done = subprocess.run(command, capture_output=True, check=False)
+        done = subprocess.run(
+            ["git", "-C", str(repository), *arguments],
+            env=environment | {"LC_ALL": "C", "GIT_DISCOVERY_ACROSS_FILESYSTEM": "1"},
+            input="".join(f"{line}\n" for line in lines).encode(),
+            capture_output=True,
+            check=False,
+        )
     except FileNotFoundError:
-        return None
-    return done.stdout if done.returncode == 0 else None
+        raise _unknown(repository, "git is not installed") from None
+    said = done.stderr.decode(errors="replace")
+    if done.returncode not in ((0, 1) if none_is_1 else (0,)) or "broken ref" in said:
+        raise _unknown(repository, said)
+    return done.stdout.decode(errors="surrogateescape")
 
 
-def _left(space: Workspace, stays: set[str]) -> Iterator[Found]:
+def _unknown(repository: Path, said: str) -> PreconditionError:
+    lines = said.strip().splitlines() or ["it says nothing"]
+    return PreconditionError(
+        f"git cannot say what the branches of {repository} need, so nothing is called unneeded:"
+        f" {lines[0]}",
+        hint="mend that, and run the same command again",
+    )
+
+
+def _left(space: Workspace) -> Iterator[Found]:
     """Of trainings that were never finished, and of caches for what is not there any more."""
-    for path in sorted(space.scratch.glob("*")):
-        if path.is_dir():
-            why: Why = "young" if _is_young(path) else "garbage"
-            what = f"unfinished training {path.name[:12]}"
-            yield Found(path, what, disk.size(path), why)
-    for path in sorted(space.cache.glob("*")):
-        old = (one for one in (path.glob("*") if path.name == "ingest" else [path]))
-        for one in old:
-            why = "young" if _is_young(one) else "garbage"
-            yield Found(one, f"cache {one.name[:12]}", disk.size(one), why)
+    unfinished = [path for path in sorted(space.scratch.glob("*")) if path.is_dir()]
+    cached = [path for path in sorted(space.cache.glob("*")) if path.name != "ingest"]
+    cached += sorted((space.cache / "ingest").glob("*"))
+    kinds = (("unfinished training", unfinished), ("cache", cached))
+    for kind, paths in kinds:
+        for path in paths:
+            size, newest = usage.measured(path)
+            why: Why = "young" if _is_young(newest) else "garbage"
+            yield Found(path, f"{kind} {path.name[:12]}", size, why)
 
 
-def _is_young(path: Path) -> bool:
-    newest = max((p.stat().st_mtime for p in (path, *path.rglob("*"))), default=0.0)
+def _is_young(newest: float) -> bool:
     return time.time() - newest < YOUNG_S

@@ -94,7 +94,7 @@ def parsed(data: bytes, name: str) -> Lock:
 
 def hashes(data: bytes) -> set[str]:
     """Every content hash in the bytes of a lockfile, whatever else is wrong with them."""
-    return {match.decode() for match in re.findall(rb"[0-9a-f]{64}", data)}
+    return {match.decode() for match in re.findall(rb"(?=([0-9a-f]{64}))", data)}
 
 
 def text_of(lock: Lock) -> str:

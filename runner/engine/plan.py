@@ -14,7 +14,7 @@ from runner.engine.facts import Made
 from runner.engine.recipe import Compiled, Step
 from runner.engine.state import State
 from runner.engine.workspace import Workspace
-from runner.errors import PreconditionError
+from runner.errors import DriftError, PreconditionError, RecipeError, RunnerError
 from runner.model import source
 from runner.sources import SourceFile
 
@@ -62,6 +62,7 @@ class Planned:
     output as before. `blocked`: it cannot run, and `problem` says what is missing.
 
     `output` is known for a stage to skip or restore, and foreseen for one that is only rebuilt.
+    `problem` also says where `--locked` forbids what would become of it.
     """
 
     step: Step
@@ -70,11 +71,19 @@ class Planned:
     parts: key.Components | None = None
     output: str | None = None
     sources: tuple[SourceFile, ...] = ()
-    problem: PreconditionError | None = None
+    problem: RunnerError | None = None
 
     @property
     def is_left_out(self) -> bool:
         return any(cause.reason == "left out" for cause in self.causes)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The stages that may run, and all that these read."""
+
+    run: frozenset[str]
+    read: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -92,17 +101,25 @@ class Choice:
     locked: bool = False
     paranoid: bool = False
 
-    def stages(self, compiled: Compiled) -> frozenset[str]:
-        """The stages that may run; raises RecipeError for a name that there is none of."""
+    def stages(self, compiled: Compiled) -> Chosen:
+        """The stages that are asked for; raises RecipeError for a name that there is none of."""
         for name in (*self.only, *self.force, *filter(None, [self.start])):
             compiled.step(name)
-        chosen = set(self.only) or {step.name for step in compiled.steps}
+        run = set(self.only) or {step.name for step in compiled.steps}
         if self.start is not None:
-            chosen = {self.start}
+            run = {self.start}
             for step in compiled.steps:
-                if chosen & set(step.inputs.values()):
-                    chosen.add(step.name)
-        return frozenset(chosen)
+                if run & set(step.inputs.values()):
+                    run.add(step.name)
+        for name in self.force:
+            if name not in run:
+                option = "--only" if self.only else "--from"
+                raise RecipeError(
+                    f"--force {name}: {option} leaves this stage out",
+                    hint=f"name it with {option} too, or leave --force out",
+                )
+        read = {n for step in compiled.steps if step.name in run for n in step.inputs.values()}
+        return Chosen(frozenset(run), frozenset(read))
 
 
 EVERYTHING = Choice()
@@ -120,8 +137,8 @@ class World:
     """The identity of the base model's files; None as long as a hub model has no pin."""
     base_problem: PreconditionError | None = None
     choice: Choice = EVERYTHING
-    chosen: frozenset[str] | None = None
-    """The stages that may run; None for all."""
+    chosen: Chosen | None = None
+    """The stages that are asked for; None for all."""
 
 
 def whole(compiled: Compiled, world: World) -> tuple[Planned, ...]:
@@ -129,6 +146,14 @@ def whole(compiled: Compiled, world: World) -> tuple[Planned, ...]:
     plan: dict[str, Planned] = {}
     for step in compiled.steps:
         plan[step.name] = decide(step, plan, world)
+    gone = [fact.stage for fact in world.lock.facts if fact.stage not in plan]
+    if world.choice.locked and gone and plan:
+        last = plan[step.name]
+        problem = DriftError(
+            f"the lockfile names the stage {gone[0]}, which the recipe does not have",
+            hint="apply without --locked, and commit the lockfile",
+        )
+        plan[step.name] = replace(last, problem=last.problem or problem)
     return tuple(plan.values())
 
 
@@ -142,7 +167,7 @@ def decide(
 
     `files` are its source files, where they have just been looked at.
     """
-    if world.chosen is not None and step.name not in world.chosen:
+    if world.chosen is not None and step.name not in world.chosen.run:
         return _left_out(step, world)
     problem = _missing(step, above, world)
     try:
@@ -152,12 +177,12 @@ def decide(
     if problem is not None:
         return Planned(step, "blocked", (Cause("blocked", problem.message),), problem=problem)
     found = _decided(step, above, world, manifest)
-    if found.state in ("skip", "restore") or not step.sources:
-        return found
-    if files is None:
-        # The list is only needed now; what changed since the look at it counts.
-        return decide(step, above, world, source_files(step, world))
-    return replace(found, sources=files)
+    if found.state not in ("skip", "restore") and step.sources:
+        if files is None:
+            # The list is only needed now; what changed since the look at it counts.
+            return decide(step, above, world, source_files(step, world))
+        found = replace(found, sources=files)
+    return replace(found, problem=_forbidden(found, world)) if world.choice.locked else found
 
 
 def _decided(
@@ -178,19 +203,22 @@ def _decided(
     changed = why(step, parts, before, world)
 
     unpinned = step.uses_base_model and world.base_model is None
-    unknown = [name for name in step.inputs.values() if above[name].output is None]
+    unknown = {kind: name for kind, name in step.inputs.items() if above[name].output is None}
     if unpinned or unknown:
-        causes = [cause for cause in changed if cause.reason != "input"]
+        causes = list(changed)
         if unpinned:
-            causes.append(Cause("not pinned", "the hub decides which commit the base model is"))
+            text = "the hub decides which commit the base model is"
+            causes.append(Cause("not pinned", text, "base_model"))
         if step.name in world.choice.force:
             causes.append(Cause("forced", "--force"))
+        names = dict.fromkeys(unknown.values())
+        causes += [Cause("upstream runs", f"{name} runs first", name) for name in names]
         # What is only rebuilt may come out as it was; a new training gives a new model.
-        certain = bool(causes) or any(
-            above[name].state == "run" and not above[name].step.rebuilds for name in unknown
+        certain = any(cause.reason in ("forced", "not pinned") for cause in causes) or any(
+            above[name].state == "run" and not above[name].step.rebuilds for name in names
         )
-        causes += [Cause("upstream runs", f"{name} runs first") for name in dict.fromkeys(unknown)]
-        return Planned(step, "run" if certain else "maybe", tuple(causes))
+        stays = not certain and _is_known_with_inputs_as_before(parts, unknown, before, world)
+        return Planned(step, "maybe" if stays else "run", tuple(causes))
 
     stage_key = key.of(parts)
     outputs = known_outputs(stage_key, world)
@@ -201,14 +229,27 @@ def _decided(
     for output in outputs:
         if _is_here(output, world):
             return Planned(step, "skip", (), parts, output)
-    for output in outputs or [made.output for made in world.elsewhere.of_key(stage_key)]:
         if world.elsewhere.holds(output):
-            cause = Cause("output missing", f"it is in {world.elsewhere.name}")
-            return Planned(step, "restore", (cause,), parts, output)
+            return _fetched(step, parts, output, world)
+    for made in world.elsewhere.of_key(stage_key):
+        if made.output not in outputs and world.elsewhere.holds(made.output):
+            return _fetched(step, parts, made.output, world)
     if outputs:
         return _made_again(step, parts, outputs[0], world)
     text = "what it made last is not known any more"
     return Planned(step, "run", changed or (Cause("never run", text),), parts)
+
+
+def _is_known_with_inputs_as_before(
+    parts: key.Components, unknown: Mapping[str, str], before: lock.Fact | None, world: World
+) -> bool:
+    """Whether the stage would be known if what runs above it gave what it read last."""
+    read = before.parts.get("inputs", {}) if before else {}
+    if not unknown.keys() <= read.keys():
+        return False
+    inputs = {**parts.get("inputs", {}), **{kind: read[kind] for kind in unknown}}
+    outputs = known_outputs(key.of({**parts, "inputs": inputs}), world)
+    return any(_is_here(output, world) or world.elsewhere.holds(output) for output in outputs)
 
 
 def known_outputs(stage_key: str, world: World) -> list[str]:
@@ -226,31 +267,33 @@ def why(
         return (Cause("never run", "it has not run yet"),)
     then = before.parts
     causes: list[Cause] = []
+    if then["kind"] != now["kind"]:
+        text = f"stage {then['kind']} → {now['kind']}"
+        causes.append(Cause("settings", text, "stage", then["kind"], now["kind"]))
+    elif then["version"] != now["version"]:
+        text = "this version of the runner does it differently"
+        causes.append(Cause("stage version", text, "version", then["version"], now["version"]))
     old, new = then.get("settings", {}), now.get("settings", {})
     for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
-            was, now_is = (_setting(settings, name) for settings in (old, new))
+        was, now_is = (_setting(settings, name) for settings in (old, new))
+        if was != now_is:
             text = f"{name} {was} → {now_is}"
             causes.append(Cause("settings", text, name, old.get(name), new.get(name)))
     if then.get("sources") != now.get("sources"):
         causes.append(_sources_cause(then.get("sources"), now.get("sources"), world))
     for kind, output in now.get("inputs", {}).items():
-        was = then.get("inputs", {}).get(kind)
-        if was != output:
+        read = then.get("inputs", {}).get(kind)
+        if read != output:
             text = f"{step.inputs[kind]} gave another output"
-            causes.append(Cause("input", text, step.inputs[kind], was, output))
-    simple: list[tuple[Reason, str, str]] = [
-        ("base model", "base_model", "the base model is another one"),
-        ("seed", "seed", f"seed {then.get('seed')} → {now.get('seed')}"),
-        ("environment", "env", "library versions or the GPU are others"),
-    ]
-    for reason, part, text in simple:
-        if then.get(part) != now.get(part) and (part != "base_model" or now.get(part)):
-            causes.append(Cause(reason, text, part, then.get(part), now.get(part)))
-    versions = [[parts["kind"], parts["version"]] for parts in (then, now)]
-    if versions[0] != versions[1]:
-        text = "this version of the runner does it differently"
-        causes.append(Cause("stage version", text, "version", *versions))
+            causes.append(Cause("input", text, step.inputs[kind], read, output))
+    if then.get("base_model") != now.get("base_model") and now.get("base_model"):
+        text, models = "the base model is another one", (then.get("base_model"), now["base_model"])
+        causes.append(Cause("base model", text, "base_model", *models))
+    if then.get("seed") != now.get("seed"):
+        text = f"seed {then.get('seed')} → {now.get('seed')}"
+        causes.append(Cause("seed", text, "seed", then.get("seed"), now.get("seed")))
+    if then.get("env") != now.get("env"):
+        causes.append(_environment_cause(step, now, before, world))
     return tuple(causes)
 
 
@@ -282,9 +325,7 @@ def drift(planned: Planned, world: World) -> dict[str, tuple[str, str]]:
     if planned.parts is None or planned.output is None:
         return {}
     made = facts.of_output(world.workspace, key.of(planned.parts), planned.output)
-    then, now = made.env if made else {}, environment.of(planned.step)
-    both = sorted(then.keys() & now.keys())
-    return {name: (then[name], now[name]) for name in both if then[name] != now[name]}
+    return environment.changes(made.env, environment.of(planned.step)) if made else {}
 
 
 def last_made(step: Step, world: World) -> Made | None:
@@ -294,15 +335,16 @@ def last_made(step: Step, world: World) -> Made | None:
 
 
 def _left_out(step: Step, world: World) -> Planned:
-    """A stage that is not asked for: it stays as it was made last."""
+    """A stage that is not asked for: it stays as it was made last, and is fetched if it is read."""
     fact = world.lock.of_stage(step.name)
     cause = Cause("left out", "it stays as it was made last")
     if fact is None:
         return Planned(step, "skip", (cause,))
-    if not _is_here(fact.output, world) and world.elsewhere.holds(fact.output):
+    here = _is_here(fact.output, world)
+    is_read = world.chosen is not None and step.name in world.chosen.read
+    if is_read and not here and world.elsewhere.holds(fact.output):
         return Planned(step, "restore", (cause,), fact.parts, fact.output)
-    here = fact.output if _is_here(fact.output, world) else None
-    return Planned(step, "skip", (cause,), fact.parts, here)
+    return Planned(step, "skip", (cause,), fact.parts, fact.output if here else None)
 
 
 def _missing(step: Step, above: Mapping[str, Planned], world: World) -> PreconditionError | None:
@@ -315,7 +357,34 @@ def _missing(step: Step, above: Mapping[str, Planned], world: World) -> Precondi
                 f"{step.name} reads {name}, which has made nothing yet or is not in the store",
                 hint="apply once without --only and --from",
             )
+    for name in step.inputs.values():
+        made_from = (above[name].parts or {}).get("inputs", {}) if above[name].is_left_out else {}
+        for other, output in made_from.items():
+            beside = step.inputs.get(other)
+            if beside and above[beside].output not in (None, output):
+                return PreconditionError(
+                    f"{step.name} reads {beside} and {name}, but {name} was made from an earlier"
+                    f" output of {beside}",
+                    hint=f"apply with --from {name}, or without --only and --from",
+                )
     return world.base_problem if step.uses_base_model else None
+
+
+def _forbidden(found: Planned, world: World) -> DriftError | None:
+    """What `--locked` says to it: nothing where the lockfile has just this."""
+    for fact in world.lock.facts:
+        if (fact.stage, fact.parts, fact.output) == (found.step.name, found.parts, found.output):
+            return None
+    why = "; ".join(cause.text for cause in found.causes) or "the lockfile does not say so"
+    return DriftError(
+        f"{found.step.name} would give something else than the lockfile says: {why}",
+        hint="apply without --locked, and commit the lockfile",
+    )
+
+
+def _fetched(step: Step, parts: key.Components, output: str, world: World) -> Planned:
+    cause = Cause("output missing", f"it is in {world.elsewhere.name}", "", output)
+    return Planned(step, "restore", (cause,), parts, output)
 
 
 def _made_again(step: Step, parts: key.Components, output: str, world: World) -> Planned:
@@ -331,7 +400,7 @@ def _made_again(step: Step, parts: key.Components, output: str, world: World) ->
         problem = damaged(step.name, path)
         return Planned(step, "blocked", (Cause("blocked", problem.message),), problem=problem)
     foreseen = output if step.rebuilds else None
-    return Planned(step, "run", (Cause("output missing", text),), parts, foreseen)
+    return Planned(step, "run", (Cause("output missing", text, "", output),), parts, foreseen)
 
 
 def damaged(stage: str, path: Path) -> PreconditionError:
@@ -401,4 +470,20 @@ def _sources_cause(then: str | None, now: str | None, world: World) -> Cause:
         if names
     ]
     counts = {"added": len(added), "removed": len(removed), "changed": len(edited)}
-    return Cause("sources", "; ".join(changes), "", len(old), {"files": len(new), **counts})
+    text = "; ".join(changes)
+    return Cause("sources", text, "", {"files": len(old)}, {"files": len(new), **counts})
+
+
+def _environment_cause(step: Step, now: key.Components, before: lock.Fact, world: World) -> Cause:
+    """Which versions are others, where it is still known with which ones the last output was."""
+    if "env" not in before.parts or "env" not in now:
+        text = "`rerun_on: [env]` was " + ("added" if "env" in now else "taken out")
+        return Cause("environment", text, "env", before.parts.get("env"), now.get("env"))
+    made = facts.of_output(world.workspace, before.key, before.output)
+    changes = environment.changes(made.env, environment.of(step)) if made else {}
+    if not changes:
+        text = "library versions or the GPU are others"
+        return Cause("environment", text, "env", before.parts["env"], now["env"])
+    text = ", ".join(f"{name} {was} → {is_now}" for name, (was, is_now) in changes.items())
+    then, there = ({name: both[n] for name, both in changes.items()} for n in (0, 1))
+    return Cause("environment", text, "env", then, there)

@@ -11,7 +11,9 @@ everything appears whole.
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +25,9 @@ from runner.engine import key
 from runner.engine.workspace import Workspace
 from runner.errors import PreconditionError, RecipeError
 
+logger = logging.getLogger(__name__)
+
+HASH = re.compile("[0-9a-f]{64}")
 USED_AFTER_S = 24 * 3600
 """How old the mark of an artifact's last use may be before it is renewed."""
 
@@ -44,11 +49,10 @@ def is_whole(workspace: Workspace, output: str) -> bool:
 def content_hash(folder: Path) -> str:
     """The hash of all files in the folder with their names; order and times do not matter."""
     hashes: list[tuple[str, str]] = []
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                sha256 = file_digest(file, "sha256").hexdigest()
-            hashes.append((path.relative_to(folder).as_posix(), sha256))
+    for path in disk.files(folder):
+        with path.open("rb") as file:
+            sha256 = file_digest(file, "sha256").hexdigest()
+        hashes.append((path.relative_to(folder).as_posix(), sha256))
     return key.of_files(hashes)
 
 
@@ -61,12 +65,11 @@ def staging(workspace: Workspace) -> Iterator[Path]:
     from filelock import FileLock
 
     parent = workspace.store / "tmp"
-    parent.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(parent)
     folder = parent / f"{os.getpid()}-{time.time_ns()}"
     own = FileLock(folder.with_suffix(".lock"))
-    with FileLock(
-        workspace.store / "lock"
-    ):  # so that nobody takes a folder for left that is just begun
+    # Held so that nobody takes a folder for left that is just begun.
+    with FileLock(workspace.store / "lock"):
         _remove_left(parent)
         own.acquire()
         folder.mkdir()
@@ -78,16 +81,26 @@ def staging(workspace: Workspace) -> Iterator[Path]:
         folder.with_suffix(".lock").unlink(missing_ok=True)
 
 
+def has_left(workspace: Workspace) -> bool:
+    """Whether somebody writes an output now, or died before it could clear up."""
+    try:
+        return any(True for _ in os.scandir(workspace.store / "tmp"))
+    except OSError:
+        return False
+
+
 def _remove_left(parent: Path) -> None:
+    """Removes what dead processes left; what is another user's to remove stays."""
     from filelock import FileLock, Timeout
 
     for path in sorted(parent.glob("*.lock")):
-        with suppress(Timeout), FileLock(path, timeout=0):
+        with suppress(Timeout, OSError), FileLock(path, timeout=0):
             disk.remove(path.with_suffix(""))
             path.unlink()
     for folder in parent.iterdir():
-        if folder.is_dir() and not folder.with_suffix(".lock").exists():
-            disk.remove(folder)
+        if folder.suffix != ".lock" and not folder.with_suffix(".lock").exists():
+            with suppress(OSError):
+                disk.remove(folder)
 
 
 def publish(workspace: Workspace, staged: Path) -> str:
@@ -95,7 +108,10 @@ def publish(workspace: Workspace, staged: Path) -> str:
     output = content_hash(staged)
     final = path_of(workspace, output)
     if final.is_dir() and content_hash(final) != output:
-        disk.remove(final)  # damaged; the same content is at hand
+        # Damaged, and the same content is at hand. It goes at one blow, because others may read.
+        damaged = staged.with_name(f"{staged.name}.damaged")
+        final.rename(damaged)
+        disk.remove(damaged)
     disk.publish(staged, final)
     return output
 
@@ -111,7 +127,7 @@ def use(workspace: Workspace, output: str) -> None:
 def objects(workspace: Workspace) -> Iterator[Path]:
     """All artifacts in the store."""
     for folder in sorted(workspace.store.glob("[0-9a-f][0-9a-f]")):
-        yield from sorted(path for path in folder.iterdir() if len(path.name) == 64)
+        yield from sorted(path for path in folder.iterdir() if HASH.fullmatch(path.name))
 
 
 def register(workspace: Workspace) -> None:
@@ -119,29 +135,41 @@ def register(workspace: Workspace) -> None:
     if workspace.shared_store is None:
         return
     own = _project_file(workspace, workspace.root)
-    if not own.exists():
-        own.parent.mkdir(parents=True, exist_ok=True)
-        disk.write_whole(own, os.fsencode(workspace.root))
+    try:
+        if not own.exists():
+            disk.make_folder(own.parent)
+            disk.write_whole(own, os.fsencode(workspace.root))
+    except OSError as error:
+        # Reading needs no right to write.
+        logger.warning(
+            "the store %s cannot note that %s uses it (%s): `runner gc` of others may delete what"
+            " only this workspace needs",
+            *(workspace.store, workspace.root, error.strerror),
+        )
 
 
 def forget(workspace: Workspace, root: Path) -> None:
     """Has the store forget a workspace that is gone for good."""
-    own = _project_file(workspace, root.absolute())
+    root = Path(os.path.abspath(root))  # noqa: PTH100 (as in `workspace.at`)
+    own = _project_file(workspace, root)
     if not own.exists():
-        raise RecipeError(f"no workspace {root.absolute()} uses the store {workspace.store}")
+        raise RecipeError(
+            f"no workspace {root} uses the store {workspace.store}",
+            hint=f"the files in {own.parent} name those that do",
+        )
     own.unlink()
 
 
 def projects(workspace: Workspace) -> Iterator[Workspace]:
     """The workspaces that use the store; raises PreconditionError for one that is not there."""
-    for path in sorted((workspace.store / "projects").glob("*")):
-        root = Path(os.fsdecode(path.read_bytes()))
-        if not root.is_dir():
+    for path in sorted((workspace.store / "projects").glob("[!.]*")):
+        other = Workspace(Path(os.fsdecode(path.read_bytes())), workspace.shared_store)
+        if not other.artifacts.is_dir():  # a place where nothing is mounted is a folder too
             raise PreconditionError(
-                f"the workspace {root} uses this store too, and is not there to be asked",
-                hint=f"mount it, or if it is gone for good: runner gc --forget {root}",
+                f"the workspace {other.root} uses this store too, and is not there to be asked",
+                hint=f"mount it, or if it is gone for good: runner gc --forget {other.root}",
             )
-        yield Workspace(root, workspace.shared_store)
+        yield other
 
 
 def _project_file(workspace: Workspace, root: Path) -> Path:

@@ -2,46 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner import disk
 from runner.engine import store
 from runner.engine.workspace import Workspace
+
+NO_RECIPES = ("store", "runs", "scratch", "cache")
+"""Folders under `artifacts/` that hold no links of a recipe."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes by kind; and by recipe and stage, of what its links lead to."""
+    """Bytes by kind, which are all there are; and by recipe and stage, of what its links lead to.
+
+    `earlier results` are all that no link of this workspace leads to: in a store that several
+    workspaces share, those of the others too.
+    """
 
     kinds: Mapping[str, int]
     recipes: Mapping[str, Mapping[str, int]]
 
 
 def of(space: Workspace) -> Usage:
-    sizes = {path.name: disk.size(path) for path in store.objects(space)}
-    recipes: dict[str, dict[str, int]] = {}
-    current: set[str] = set()
-    for folder in sorted(path for path in space.artifacts.glob("*") if path.is_dir()):
-        if folder.name in ("store", "runs", "scratch", "cache"):
-            continue
-        outputs = {link.name: link.resolve().name for link in sorted(folder.glob("*"))}
-        recipes[folder.name] = {
-            stage: sizes[output] for stage, output in outputs.items() if output in sizes
-        }
-        current |= {output for output in outputs.values() if output in sizes}
+    sizes = {path.name: measured(path)[0] for path in store.objects(space)}
+    linked = links(space)
+    current = {output for outputs in linked.values() for output in outputs.values()}
     kinds = {
-        "current results": sum(sizes[output] for output in current),
+        "current results": sum(size for output, size in sizes.items() if output in current),
         "earlier results": sum(size for output, size in sizes.items() if output not in current),
-        "facts": disk.size(space.store / "facts"),
-        "checkpoints": disk.size(space.scratch),
-        "cache": disk.size(space.cache),
-        "logs of runs": disk.size(space.runs),
+        "facts": measured(space.store / "facts")[0],
+        "being written": measured(space.store / "tmp")[0],
+        "checkpoints": measured(space.scratch)[0],
+        "cache": measured(space.cache)[0],
+        "logs of runs": measured(space.runs)[0],
+        "other": _other(space, set(sizes)),
+    }
+    recipes = {
+        recipe: {stage: sizes[output] for stage, output in outputs.items() if output in sizes}
+        for recipe, outputs in linked.items()
     }
     return Usage(kinds, recipes)
 
 
-def outputs_of_links(space: Workspace) -> set[Path]:
-    """The artifacts that links of recipes lead to."""
-    return {link.resolve() for link in space.artifacts.glob("*/*") if link.is_symlink()}
+def links(space: Workspace) -> dict[str, dict[str, str]]:
+    """For each recipe and stage, the output that its link leads to, whether that is there or not.
+
+    On Windows a link may be a junction, which only where it leads to tells from a folder.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for folder in sorted(space.artifacts.glob("*")):
+        if folder.is_dir() and folder.name not in NO_RECIPES:
+            targets = {
+                link.name: Path(os.path.realpath(link)).name for link in sorted(folder.glob("*"))
+            }
+            found[folder.name] = {
+                stage: output for stage, output in targets.items() if store.HASH.fullmatch(output)
+            }
+    return found
+
+
+def measured(path: Path) -> tuple[int, float]:
+    """Bytes of a file, or of all files in a folder; and when any of it was changed last.
+
+    Nothing of what is not there; files may come and go meanwhile.
+    """
+    size, newest = 0, 0.0
+    for status in _statuses(path):
+        newest = max(newest, status.st_mtime)
+        if stat.S_ISREG(status.st_mode):
+            size += status.st_size
+    return size, newest
+
+
+def _statuses(path: Path) -> Iterator[os.stat_result]:
+    """Of the folder or file and of all below it; follows no links."""
+    try:
+        top = path.lstat()
+    except FileNotFoundError:
+        return
+    yield top
+    folders = [str(path)] if stat.S_ISDIR(top.st_mode) else []
+    while folders:
+        # Plain texts, because `Path` objects take longer than looking at the files.
+        with suppress(FileNotFoundError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):
+                    yield entry.stat(follow_symlinks=False)
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+
+
+def _other(space: Workspace, outputs: set[str]) -> int:
+    """What is no artifact and nothing else that has a kind of its own: state, locks, markers."""
+    size = 0
+    for path in (*space.artifacts.glob("*"), *space.store.glob("*")):
+        if path == space.store or path in (space.scratch, space.cache, space.runs):
+            continue
+        if path.parent == space.store and len(path.name) == 2:
+            size += sum(measured(one)[0] for one in path.glob("*") if one.name not in outputs)
+        elif path not in (space.store / "facts", space.store / "tmp"):
+            size += measured(path)[0]
+    return size

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from runner.engine import child, plan, run, store, worker
+from runner import disk
+from runner.engine import child, key, plan, run, store, worker
 from runner.engine.events import Event
 from runner.engine.opened import Opened
 from runner.engine.plan import Planned
@@ -68,6 +69,9 @@ def _rebuilt(current: Opened, one: Planned, planned: dict[str, Planned]) -> Chec
             text = "its output has its hash; not made again, because what it reads is not whole"
             return Checked(name, one.output, "whole", text)
         files = plan.source_files(one.step, current.world()) if one.step.sources else ()
+        if files and key.of_files((f.name, f.sha256) for f in files) != _manifest(one):
+            text = "its output has its hash; not made again, because its sources are changing"
+            return Checked(name, one.output, "whole", text)
         job = run.job_of(
             current,
             replace(one, sources=files),
@@ -89,13 +93,16 @@ def _rebuilt(current: Opened, one: Planned, planned: dict[str, Planned]) -> Chec
     return Checked(name, one.output, "differs", text)
 
 
+def _manifest(one: Planned) -> str | None:
+    return one.parts.get("sources") if one.parts else None
+
+
 def _other(made: Path, kept: Path) -> list[str]:
     """The files that are not equal."""
     names = {
         path.relative_to(folder).as_posix()
         for folder in (made, kept)
-        for path in folder.rglob("*")
-        if path.is_file()
+        for path in disk.files(folder)
     }
     both = {name for name in names if (made / name).is_file() and (kept / name).is_file()}
     same = {name for name in both if filecmp.cmp(made / name, kept / name, shallow=False)}

@@ -94,7 +94,7 @@ def main() -> NoReturn:
         events.flush()
 
     raw = json.load(sys.stdin)
-    job = Job(**{**raw, "sources": tuple(SourceFile(**file) for file in raw["sources"])})
+    job = Job(**{**raw, "sources": tuple(SourceFile(*file) for file in raw["sources"])})
     try:
         with _held(Path(job.scratch)):
             emit({"event": "result", "metrics": run(job, emit)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -39,6 +40,8 @@ def since(current: Opened, revision: str) -> list[Change]:
             found.append(Change(step.name, word, (), {}))
             continue
         word = "same output" if old.output == new.output else "another output"
+        if old.parts == new.parts:
+            word = "another output from the same"
         causes = plan.why(step, new.parts, old, world)
         found.append(Change(step.name, word, causes, _metrics(current, old, new)))
     names = {step.name for step in current.compiled.steps}
@@ -72,28 +75,49 @@ def _metrics(current: Opened, old: lock.Fact, new: lock.Fact) -> dict[str, tuple
     """What both runs measured and came out different, where the store still knows both."""
     made = [facts.of_output(current.workspace, one.key, one.output) for one in (old, new)]
     before, after = (one.metrics if one else {} for one in made)
-    both = [name for name in before if name in after and isinstance(after[name], MEASURED)]
+    both = [
+        name
+        for name in before
+        if isinstance(before[name], MEASURED) and isinstance(after.get(name), MEASURED)
+    ]
     return {name: (before[name], after[name]) for name in both if before[name] != after[name]}
 
 
-def _number(value: Any) -> str:
+def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
 def _at(current: Opened, revision: str) -> bytes:
     """The lockfile's bytes in that revision."""
+    name = current.lock_path.name
+    hint = f"name a commit, branch or tag: `runner diff {current.path} main`, say"
+    # git reads nothing from a name that begins with `-`, and an empty one would be its index.
+    asked = ("rev-parse", "--verify", "--end-of-options", f"{revision or '-'}^{{commit}}")
+    code, commit, said = _git(current, *asked)
+    if code:
+        what = f"git knows no version {shown(revision)} of {current.path}"
+        if "not a git repository" in said:
+            what = f"{current.path} is in no git repository, so there is no other version of it"
+        elif "dubious ownership" in said:
+            what = f"git does not trust this repository: {said}"
+        raise PreconditionError(what, hint=hint)
+    code, data, said = _git(current, "cat-file", "blob", f"{commit.decode().strip()}:./{name}")
+    if code:
+        raise PreconditionError(
+            f"there is no {name} in {shown(revision)}",
+            hint="commit it with its recipe; or " + hint,
+        )
+    return data
+
+
+def _git(current: Opened, *arguments: str) -> tuple[int, bytes, str]:
+    """git's exit code, its answer, and the first line of what it says besides."""
     folder = current.lock_path.absolute().parent
-    spec = f"{revision}:./{current.lock_path.name}"
     try:
-        command = ["git", "-C", str(folder), "show", "--end-of-options", spec]
-        done = subprocess.run(command, capture_output=True, check=False)
+        command = ["git", "-C", str(folder), *arguments]
+        environment = {**os.environ, "LC_ALL": "C"}
+        done = subprocess.run(command, env=environment, capture_output=True, check=False)
     except FileNotFoundError:
         raise PreconditionError("git is not installed", hint="install it to compare") from None
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        raise PreconditionError(
-            f"there is no {current.lock_path.name} in {shown(revision)}"
-            + (f": {said[0]}" if said else ""),
-            hint="name a commit, branch or tag that has it, `runner diff RECIPE main` say",
-        )
-    return done.stdout
+    said = done.stderr.decode(errors="replace").strip().partition("\n")[0]
+    return done.returncode, done.stdout, said

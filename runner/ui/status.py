@@ -49,9 +49,10 @@ def text(found: dict[str, Any]) -> str:
     for recipe, kinds in space["recipes"].items():
         parts = [f"{stage} {words.size(size)}" for stage, size in kinds.items() if size]
         lines.append(f"  {recipe}: {', '.join(parts)}")
-    for stage, (each, more) in found["checkpoints"].items():
-        lines.append(f"{stage}: room for {more:,} more checkpoints of {words.size(each)}")
-    return "\n".join(lines)
+    for stage, room in found["checkpoints"].items():
+        size = words.size(room["bytes"])
+        lines.append(f"{stage}: room for {room['more']:,} more checkpoints of {size}")
+    return "\n".join(map(words.escaped, lines))
 
 
 def _stage(opened: Opened, planned: Planned, world: plan.World) -> dict[str, Any]:
@@ -67,15 +68,17 @@ def _stage(opened: Opened, planned: Planned, world: plan.World) -> dict[str, Any
         "causes": [cause.text for cause in planned.causes],
         "output": output,
         "path": str(opened.links / step.name) if there else None,
-        "bytes": disk.size(artifact) if artifact and there else 0,
+        "bytes": usage.measured(artifact)[0] if artifact else 0,
         "made_at": made.made_at if made else None,
         "seconds": made.seconds if made else None,
         "metrics": made.metrics if made else {},
     }
 
 
-def _checkpoints(opened: Opened) -> dict[str, tuple[int, int]]:
+def _checkpoints(opened: Opened) -> dict[str, dict[str, int]]:
     """For each training, the size of one checkpoint and how many more of them fit."""
     trainings = (step.name for step in opened.compiled.steps if step.kind == "train")
     found = ((name, cost.checkpoints_that_fit(opened, name)) for name in trainings)
-    return {name: sizes for name, sizes in found if sizes is not None}
+    return {
+        name: {"bytes": sizes[0], "more": sizes[1]} for name, sizes in found if sizes is not None
+    }
