@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test check clean
+.PHONY: install demo test check torture clean
 
 install: .venv/.installed
 
@@ -28,6 +28,10 @@ check: install
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
+
+# Kills, faults and full disks at every moment that can be told apart; see CONTRIBUTING.md.
+torture: install
+	RUNNER_TORTURE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/torture -n 2 --dist worksteal
 
 clean:
 	rm -rf .venv artifacts

@@ -14,8 +14,10 @@ def main() -> int:
         return cli.main()
     except KeyboardInterrupt:  # a second one, while the first is being answered
         return 75
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    finally:  # what is done is done: nothing shall make another exit code of it
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 if __name__ == "__main__":

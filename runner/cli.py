@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner.arguments import parser
 from runner.errors import (
     DriftError,
     InterruptedRun,
@@ -29,33 +29,21 @@ if TYPE_CHECKING:
     from runner.engine.plan import Choice
     from runner.engine.recipe import Step
 
-EXIT_CODES = """\
-exit codes:
-  0   done, or nothing to do
-  1   the run or a check failed
-  2   wrong usage, or a mistake in the recipe
-  3   something is missing: a file, a package, disk space
-  4   another apply is at work (apply --no-wait)
-  5   something would change (plan --check, apply --locked)
-  75  interrupted; state saved, the same command continues
-"""
-
-SHAPES = ("messages", "sharegpt", "alpaca")
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; its exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what the terminal has no letter for
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    level = logging.DEBUG if options.debug else logging.WARNING
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(name)s: %(message)s")
+    said = sys.argv[1:] if arguments is None else arguments
+    options = parser(said[0] if said else "").parse_args(said)
+    if options.debug:
+        import logging
+
+        logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
     try:
         _be_interruptible()
-        command: Callable[[argparse.Namespace], int] = options.command
-        code = command(options)
+        code = _COMMANDS[options.name](options)
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
@@ -94,152 +82,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _report(what, hint, PreconditionError.exit_code, as_json=options.json)
         return PreconditionError.exit_code
     except Exception as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # as Python wraps one in a class body
+            _report("interrupted", "", InterruptedRun.exit_code, as_json=options.json)
+            return InterruptedRun.exit_code
         if options.debug:
             raise
         what = f"a bug in runner: {type(error).__name__}: {error}"
         hint = "run the same command with --debug and report what it prints"
         _report(what, hint, 1, as_json=options.json)
         return 1
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="runner",
-        description="Turns your own conversations into a language model, as a recipe says.",
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def command(
-        name: str, run: Callable[[argparse.Namespace], int], help: str, *, recipe: bool = True
-    ) -> argparse.ArgumentParser:
-        found = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
-        found.set_defaults(command=run)
-        if recipe:
-            found.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe, *.yaml")
-            found.add_argument(
-                "--workspace", type=Path, metavar="DIR", help="folder that its paths start from"
-            )
-            found.add_argument(
-                "--set",
-                action="append",
-                default=[],
-                dest="overrides",
-                metavar="STAGE.KEY=VALUE",
-                help="another value than the recipe's, for this command",
-            )
-        found.add_argument("--json", action="store_true", help="print JSON for programs")
-        found.add_argument("--debug", action="store_true", help="log more, show tracebacks")
-        return found
-
-    new = command("init", _init, "write a first recipe and the folder for its data", recipe=False)
-    new.add_argument("name", nargs="?", default="my-style", help="what to call it")
-    command("validate", _validate, "check a recipe and report every mistake with its line")
-    plan = command("plan", _plan, "say what apply would do, and why")
-    plan.add_argument("--check", action="store_true", help="exit 5 when something would run")
-    apply = command("apply", _apply, "run what is not known already")
-    apply.add_argument(
-        "--no-wait", action="store_true", help="exit 4 when another apply is at work"
-    )
-    for asked in (plan, apply):
-        asked.add_argument(
-            "--locked", action="store_true", help="exit 5 when the lockfile would change"
-        )
-        which = asked.add_mutually_exclusive_group()
-        which.add_argument(
-            "--only",
-            action="append",
-            default=[],
-            metavar="STAGE",
-            help="this stage alone, from what those above made last",
-        )
-        which.add_argument(
-            "--from",
-            dest="start",
-            metavar="STAGE",
-            help="this stage and what follows from it, from what those above made last",
-        )
-        asked.add_argument(
-            "--force",
-            action="append",
-            default=[],
-            metavar="STAGE",
-            help="run this stage even if its output is known",
-        )
-        asked.add_argument(
-            "--paranoid", action="store_true", help="read all files again, trust no dates"
-        )
-    cat = command("cat", _cat, "print what a stage made, as JSON lines")
-    cat.add_argument("stage", metavar="STAGE", help="the stage's name")
-    for view, what in (
-        ("rejected", "what ingest could not read, and why"),
-        ("dropped", "what clean or tokenize left out, and why"),
-        ("statistics", "what clean counted"),
-        ("replies", "what both models answered"),
-    ):
-        help = f"instead: {what}"
-        cat.add_argument(
-            f"--{view}", action="store_const", dest="view", const=view, default="", help=help
-        )
-    cat.add_argument(
-        "--as", choices=SHAPES, dest="shape", help="a window stage: each window as a record"
-    )
-    data = command(
-        "export-data",
-        _export_data,
-        "write train_dataset.jsonl and eval_dataset.jsonl for other tools",
-    )
-    data.add_argument(
-        "--as", choices=SHAPES, dest="shape", default="messages", help="their shape (messages)"
-    )
-    data.add_argument(
-        "--to",
-        type=Path,
-        default=Path(),
-        metavar="DIR",
-        help="where to write, over files of those names (the current folder)",
-    )
-    preview = command("preview", _preview, "show which tokens carry loss, and how much")
-    preview.add_argument("-n", type=_count, default=3, metavar="N", help="examples to show (3)")
-    chat = command("chat", _chat, "talk with the exported model")
-    chat.add_argument("--gguf", metavar="LEVEL", help="which export, q4_k_m say; else the smallest")
-    chat.add_argument("--base", action="store_true", help="talk with the untrained model")
-    chat.add_argument("--once", metavar="PROMPT", help="one reply, then end")
-    chat.add_argument(
-        "--compare",
-        type=_count,
-        metavar="N",
-        help="answers of base and tuned model to N held-out prompts, side by side",
-    )
-    chat.add_argument(
-        "--max-tokens", type=_count, default=256, metavar="N", help="longest reply (256)"
-    )
-    command("status", _status, "say what was made last, from what, and how large it is")
-    diff = command("diff", _diff, "say what changed since another version of the lockfile")
-    diff.add_argument(
-        "revision", nargs="?", default="HEAD", metavar="REV", help="a commit, branch or tag (HEAD)"
-    )
-    verify = command("verify", _verify, "check that every output is there, and is what it was")
-    verify.add_argument(
-        "--quick", action="store_true", help="only hash what is there, make nothing again"
-    )
-    gc = command("gc", _gc, "show what is in the store and not needed any more", recipe=False)
-    gc.add_argument("named", nargs="*", metavar="HASH", help="a trained model that may go too")
-    gc.add_argument("--delete", action="store_true", help="delete it")
-    gc.add_argument("--forget", type=Path, metavar="DIR", help="a workspace that is gone for good")
-    gc.add_argument("--workspace", type=Path, metavar="DIR", help="whose store (the one here)")
-    command("push", _push, "copy what is made to the remote cache of runner.yaml")
-    schema = command("schema", _schema, "print the JSON Schema of recipes", recipe=False)
-    schema.add_argument("--write", type=Path, metavar="FILE", help="write it there instead")
-    return parser
-
-
-def _count(text: str) -> int:
-    """A number of things for argparse, whose own message names the value."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
-    return int(text)
 
 
 def _report(message: str, hint: str, exit_code: int, *, as_json: bool) -> None:
@@ -255,10 +106,10 @@ def _report(message: str, hint: str, exit_code: int, *, as_json: bool) -> None:
 
 def _be_interruptible() -> None:
     """Has what asks a process to end raise KeyboardInterrupt, but for what `nohup` has ignored."""
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            with suppress(ValueError):  # in a thread, which signals do not reach
                 signal.signal(number, _interrupt)
 
 
@@ -278,20 +129,22 @@ def _print_json(value: object) -> None:
 def _init(options: argparse.Namespace) -> int:
     from runner.ui import starter
 
-    made = starter.write(Path.cwd(), options.name)
+    made = starter.write(Path.cwd(), options.called)
     if options.json:
         _print_json({"written": [str(path) for path in made]})
         return 0
     for path in made:
         print(f"wrote {path}")
-    print(f"Put chats into data/{options.name}/, then: runner apply {made[0]}")
+    print(f"Put chats into data/{options.called}/, then: runner apply {made[0]}")
     return 0
 
 
 def _validate(options: argparse.Namespace) -> int:
     from runner.engine import recipe
 
-    found = recipe.compile(recipe.read_bytes(options.recipe), str(options.recipe))
+    found = recipe.compile(
+        recipe.read_bytes(options.recipe), str(options.recipe), options.overrides
+    )
     stages = [step.name for step in found.steps]
     if options.json:
         _print_json({"name": found.name, "base_model": found.base_model, "stages": stages})
@@ -310,12 +163,12 @@ def _plan(options: argparse.Namespace) -> int:
         _print_json(plan.record(shown))
     else:
         print(plan.text(shown))
-    blocked = [step for step in shown.planned if step.problem is not None]
-    if blocked and not options.json:
-        raise PreconditionError(f"{blocked[0].step.name} cannot run", hint=str(blocked[0].problem))
+    problem = next((step.problem for step in shown.planned if step.problem), None)
+    if problem and not options.json:
+        raise problem
+    if problem:
+        return problem.exit_code
     work = [step.step.name for step in shown.planned if step.state != "skip"]
-    if blocked:
-        return PreconditionError.exit_code
     if work and options.check:
         if not options.json:
             raise DriftError(f"{', '.join(work)} would run", hint="run `runner apply`")
@@ -559,5 +412,19 @@ def _schema(options: argparse.Namespace) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "init": _init,
+    "validate": _validate,
+    "plan": _plan,
+    "apply": _apply,
+    "cat": _cat,
+    "export-data": _export_data,
+    "preview": _preview,
+    "chat": _chat,
+    "status": _status,
+    "diff": _diff,
+    "verify": _verify,
+    "gc": _gc,
+    "push": _push,
+    "schema": _schema,
+}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from runner import disk
 from runner.engine import facts, key, lock, opened, store
 from runner.engine.opened import Opened
@@ -21,9 +23,22 @@ def output(current: Opened, planned: Planned) -> None:
     disk.point(link, store.path_of(current.workspace, planned.output))
 
 
+def drop_links(current: Opened) -> None:
+    """Removes the links of stages that the recipe does not have any more."""
+    for link in _others(current):
+        link.unlink(missing_ok=True)
+
+
+def _others(current: Opened) -> list[Path]:
+    names = {step.name for step in current.compiled.steps}
+    return [p for p in current.links.glob("[!.]*") if p.is_symlink() and p.name not in names]
+
+
 def is_settled(current: Opened, planned: tuple[Planned, ...]) -> bool:
     """Whether lockfile and links say what is known."""
     locked = lock.read(current.lock_path)
+    if _others(current):
+        return False
     for step in planned:
         if step.is_left_out:
             continue

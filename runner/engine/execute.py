@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from runner import disk
-from runner.engine import commit, lock, store
+from runner.engine import commit, store
 from runner.engine.opened import Opened
 from runner.engine.plan import EVERYTHING, Choice, Planned
 from runner.engine.workspace import Workspace
-from runner.errors import BusyError, DriftError, PreconditionError
+from runner.errors import BusyError, PreconditionError
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -27,29 +27,37 @@ def apply(
     With nothing to do it takes no lock and starts no run.
     """
     planned = current.plan(choice)
-    _refuse(current, planned, choice)
+    _refuse(planned)
     if all(step.state == "skip" for step in planned) and commit.is_settled(current, planned):
         store.register(current.workspace)
-        for step in planned:
-            store.use(current.workspace, step.output or "")
-        if store.has_left(current.workspace):
-            with contextlib.suppress(OSError), store.staging(current.workspace):
-                pass  # what dead runs left is removed on the way
+        for output in filter(None, (step.output for step in planned)):
+            store.use(current.workspace, output)
+        _clear_left(current)
         return planned
     with _locked(current, wait, listen) as waited:
         if waited:
             planned = current.plan(choice)  # another apply may have done it meanwhile
-            _refuse(current, planned, choice)
+            _refuse(planned)
         store.register(current.workspace)
         if all(step.state == "skip" for step in planned):
             for step in planned:
                 commit.output(current, step)
+            commit.drop_links(current)
+            _clear_left(current)
         else:
             from runner.engine import cost, run  # they take time, and there is often nothing to do
 
             cost.check(current, planned, listen)
             run.run(current, planned, choice, listen)
+            commit.drop_links(current)
         return planned
+
+
+def _clear_left(current: Opened) -> None:
+    """Removes what runs that were killed left in the store; a run does so by itself."""
+    if store.has_left(current.workspace):
+        with contextlib.suppress(OSError), store.staging(current.workspace):
+            pass
 
 
 def push(current: Opened) -> list[Planned]:
@@ -65,29 +73,16 @@ def push(current: Opened) -> list[Planned]:
             commit.keep_elsewhere(current, planned)
             if not current.elsewhere.is_there:
                 raise PreconditionError("the remote cache could not be written", hint="try again")
-            there.append(planned)
+            if planned.output and current.elsewhere.holds(planned.output):
+                there.append(planned)
     return there
 
 
-def _refuse(current: Opened, planned: tuple[Planned, ...], choice: Choice) -> None:
+def _refuse(planned: tuple[Planned, ...]) -> None:
     """Raises what keeps the plan from being carried out, before anything is."""
     for step in planned:
         if step.problem is not None:
             raise step.problem
-    if not choice.locked:
-        return
-    locked = lock.read(current.lock_path)
-    for step in planned:
-        fact = locked.of_stage(step.step.name)
-        if step.is_left_out or (
-            fact is not None and step.parts == fact.parts and step.output == fact.output
-        ):
-            continue
-        why = "; ".join(cause.text for cause in step.causes) or "the lockfile does not say so"
-        raise DriftError(
-            f"{step.step.name} would give something else than {current.lock_path} says: {why}",
-            hint="apply without --locked, and commit the lockfile",
-        )
 
 
 @contextlib.contextmanager

@@ -353,8 +353,11 @@ def _missing(step: Step, above: Mapping[str, Planned], world: World) -> Precondi
         if above[name].state == "blocked":
             return PreconditionError(f"{name}, which it reads, cannot run")
         if above[name].is_left_out and above[name].output is None:
+            fact = world.lock.of_stage(name)
+            is_damaged = fact is not None and store.holds(world.workspace, fact.output)
+            what = "is damaged" if is_damaged else "has made nothing yet or is not in the store"
             return PreconditionError(
-                f"{step.name} reads {name}, which has made nothing yet or is not in the store",
+                f"{step.name} reads {name}, which {what}",
                 hint="apply once without --only and --from",
             )
     for name in step.inputs.values():

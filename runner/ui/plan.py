@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from runner.engine import cost, plan, words
-from runner.engine.cost import Cost
+from runner.engine.cost import Cost, Room
 from runner.engine.opened import Opened
 from runner.engine.plan import Choice, Planned
 from runner.engine.words import escaped
@@ -30,6 +30,7 @@ class Shown:
 
     planned: tuple[Planned, ...]
     costs: Mapping[str, Cost]
+    rooms: tuple[Room, ...]
     drift: Mapping[str, Mapping[str, tuple[str, str]]]
     extends: str | None
     overrides: tuple[str, ...]
@@ -41,8 +42,15 @@ def shown(current: Opened, choice: Choice) -> Shown:
     planned = plan.whole(current.compiled, world)
     kept = (one for one in planned if one.state == "skip")
     drift = {one.step.name: found for one in kept if (found := plan.drift(one, world))}
-    costs = {one.stage: one for one in cost.of(current, planned)}
-    return Shown(planned, costs, drift, current.compiled.extends, current.compiled.overrides)
+    costs = cost.of(current, planned)
+    return Shown(
+        planned,
+        {one.stage: one for one in costs},
+        cost.rooms(current, costs) if costs else (),
+        drift,
+        current.compiled.extends,
+        current.compiled.overrides,
+    )
 
 
 def record(shown: Shown) -> list[dict[str, Any]]:
@@ -52,6 +60,7 @@ def record(shown: Shown) -> list[dict[str, Any]]:
             "stage": one.step.name,
             "state": one.state,
             "causes": [asdict(cause) for cause in one.causes],
+            "problem": one.problem.message if one.problem else None,
             "output": one.output,
             "cost": _cost_record(shown.costs.get(one.step.name)),
             "drift": shown.drift.get(one.step.name, {}),
@@ -76,14 +85,20 @@ def _lines(shown: Shown) -> Iterator[str]:
             causes = "; ".join(cause.text for cause in one.causes)
             price = _price(shown.costs.get(one.step.name))
             yield f"{one.step.name:{width}}  {STATES[one.state]}: {causes}{price}"
-    skipped = [one.step.name for one in shown.planned if one.state == "skip"]
-    if len(skipped) == len(shown.planned):
+    skipped = [one for one in shown.planned if one.state == "skip"]
+    left_out = [one.step.name for one in skipped if one.is_left_out]
+    known = [one.step.name for one in skipped if not one.is_left_out]
+    if known and len(known) < len(shown.planned):
+        yield f"nothing to do for {', '.join(known)}"
+    elif known:
         yield "nothing to do"
-    elif skipped:
-        yield f"nothing to do for {', '.join(skipped)}"
-    total = sum(one.bytes_kept for one in shown.costs.values())
-    if total >= SHOWN_BYTES:
-        yield f"in all about {words.size(total)} on the disk"
+    if left_out:
+        yield f"left as made last: {', '.join(left_out)}"
+    for room in shown.rooms:
+        if room.needed >= SHOWN_BYTES or not room.is_enough:
+            sizes = f"{words.size(room.needed)}; {words.size(room.free)} are free"
+            full = "" if room.is_enough else ": too little, and apply will refuse"
+            yield f"in all about {sizes} at {room.place}{full}"
     for stage, drift in shown.drift.items():
         what = ", ".join(f"{name} {then} → {now}" for name, (then, now) in drift.items())
         yield f"{stage} was made with others: {what} (`rerun_on: [env]` would make it count)"

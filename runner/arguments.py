@@ -1,0 +1,224 @@
+"""What may be said on the command line. Only the command that is asked for gets its parser."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+EXIT_CODES = """\
+exit codes:
+  0   done, or nothing to do
+  1   the run or a check failed
+  2   wrong usage, or a mistake in the recipe
+  3   something is missing: a file, a package, disk space
+  4   another apply is at work (apply --no-wait)
+  5   something would change (plan --check, apply --locked)
+  75  interrupted; state saved, the same command continues
+"""
+
+SHAPES = ("messages", "sharegpt", "alpaca")
+
+Parser = argparse.ArgumentParser
+
+
+def parser(asked: str = "") -> Parser:
+    """The parser of the command that is asked for; of all, where it is none."""
+    whole = Parser(
+        prog="runner",
+        description="Turns your own conversations into a language model, as a recipe says.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    # With `prog` argparse does not have to format the usage of the whole to know it.
+    commands = whole.add_subparsers(metavar="COMMAND", required=True, dest="name", prog="runner")
+    for name, command in COMMANDS.items():
+        if asked in COMMANDS and name != asked:
+            continue
+        text = command.help[0].upper() + command.help[1:] + "."
+        found = commands.add_parser(name, help=command.help, description=text)
+        if command.takes_recipe:
+            _recipe(found)
+        if command.fill is not None:
+            command.fill(found)
+        found.add_argument("--json", action="store_true", help="print JSON for programs")
+        found.add_argument("--debug", action="store_true", help="log more, show tracebacks")
+    return whole
+
+
+def _recipe(command: Parser) -> None:
+    command.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe, *.yaml")
+    command.add_argument(
+        "--workspace", type=Path, metavar="DIR", help="folder that its paths start from"
+    )
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="STAGE.KEY=VALUE",
+        help="another value than the recipe's, for this command",
+    )
+
+
+def _init(command: Parser) -> None:
+    command.add_argument("called", nargs="?", default="my-style", help="what to call it")
+
+
+def _plan(command: Parser) -> None:
+    command.add_argument("--check", action="store_true", help="exit 5 when something would run")
+    _choice(command)
+
+
+def _apply(command: Parser) -> None:
+    command.add_argument(
+        "--no-wait", action="store_true", help="exit 4 when another apply is at work"
+    )
+    _choice(command)
+
+
+def _choice(command: Parser) -> None:
+    command.add_argument(
+        "--locked", action="store_true", help="exit 5 when the lockfile would change"
+    )
+    which = command.add_mutually_exclusive_group()
+    which.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="STAGE",
+        help="this stage alone, from what those above made last",
+    )
+    which.add_argument(
+        "--from",
+        dest="start",
+        metavar="STAGE",
+        help="this stage and what follows from it, from what those above made last",
+    )
+    command.add_argument(
+        "--force",
+        action="append",
+        default=[],
+        metavar="STAGE",
+        help="run this stage even if its output is known",
+    )
+    command.add_argument(
+        "--paranoid", action="store_true", help="read all files again, trust no dates"
+    )
+
+
+def _cat(command: Parser) -> None:
+    command.add_argument("stage", metavar="STAGE", help="the stage's name")
+    for view, what in (
+        ("rejected", "what ingest could not read, and why"),
+        ("dropped", "what clean or tokenize left out, and why"),
+        ("statistics", "what clean counted"),
+        ("replies", "what both models answered"),
+    ):
+        command.add_argument(
+            f"--{view}",
+            action="store_const",
+            dest="view",
+            const=view,
+            default="",
+            help=f"instead: {what}",
+        )
+    command.add_argument(
+        "--as", choices=SHAPES, dest="shape", help="a window stage: each window as a record"
+    )
+
+
+def _export_data(command: Parser) -> None:
+    command.add_argument(
+        "--as", choices=SHAPES, dest="shape", default="messages", help="their shape (messages)"
+    )
+    command.add_argument(
+        "--to",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="where to write, over files of those names (the current folder)",
+    )
+
+
+def _preview(command: Parser) -> None:
+    command.add_argument("-n", type=_count, default=3, metavar="N", help="examples to show (3)")
+
+
+def _chat(command: Parser) -> None:
+    command.add_argument(
+        "--gguf", metavar="LEVEL", help="which export, q4_k_m say; else the smallest"
+    )
+    command.add_argument("--base", action="store_true", help="talk with the untrained model")
+    command.add_argument("--once", metavar="PROMPT", help="one reply, then end")
+    command.add_argument(
+        "--compare",
+        type=_count,
+        metavar="N",
+        help="answers of base and tuned model to N held-out prompts, side by side",
+    )
+    command.add_argument(
+        "--max-tokens", type=_count, default=256, metavar="N", help="longest reply (256)"
+    )
+
+
+def _diff(command: Parser) -> None:
+    command.add_argument(
+        "revision", nargs="?", default="HEAD", metavar="REV", help="a commit, branch or tag (HEAD)"
+    )
+
+
+def _verify(command: Parser) -> None:
+    command.add_argument(
+        "--quick", action="store_true", help="only hash what is there, make nothing again"
+    )
+
+
+def _gc(command: Parser) -> None:
+    command.add_argument("named", nargs="*", metavar="HASH", help="a trained model that may go too")
+    command.add_argument("--delete", action="store_true", help="delete it")
+    command.add_argument(
+        "--forget", type=Path, metavar="DIR", help="a workspace that is gone for good"
+    )
+    command.add_argument("--workspace", type=Path, metavar="DIR", help="whose store (the one here)")
+
+
+def _schema(command: Parser) -> None:
+    command.add_argument("--write", type=Path, metavar="FILE", help="write it there instead")
+
+
+def _count(text: str) -> int:
+    """A number of things for argparse, whose own message names the value."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
+    return int(text)
+
+
+class Command(NamedTuple):
+    """What a command does, in words, and what it takes beside the recipe."""
+
+    help: str
+    fill: Callable[[Parser], None] | None = None
+    takes_recipe: bool = True
+
+
+COMMANDS = {
+    "init": Command("write a first recipe and the folder for its data", _init, takes_recipe=False),
+    "validate": Command("check a recipe and report every mistake with its line"),
+    "plan": Command("say what apply would do, and why", _plan),
+    "apply": Command("run what is not known already", _apply),
+    "cat": Command("print what a stage made, as JSON lines", _cat),
+    "export-data": Command(
+        "write train_dataset.jsonl and eval_dataset.jsonl for other tools", _export_data
+    ),
+    "preview": Command("show which tokens carry loss, and how much", _preview),
+    "chat": Command("talk with the exported model", _chat),
+    "status": Command("say what was made last, from what, and what takes the space"),
+    "diff": Command("say what changed since another version of the lockfile", _diff),
+    "verify": Command("check that every output is there, and is what it was", _verify),
+    "gc": Command("show what is in the store and not needed any more", _gc, takes_recipe=False),
+    "push": Command("copy what is made to the remote cache of runner.yaml"),
+    "schema": Command("print the JSON Schema of recipes", _schema, takes_recipe=False),
+}
+"""In the order of `runner --help`; the function of each is in `runner.cli`, by its name."""
