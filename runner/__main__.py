@@ -1,13 +1,13 @@
 """The command `runner`, also as `python -m runner`."""
 
-import signal
+import _signal  # not `signal`, whose own import takes long enough for a ctrl-C to fall into it
 import sys
 
 
 def main() -> int:
     """Runs the command line; ctrl-C before that is ready ends the process without a word."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background of a script
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
     from runner import cli
 
     try:
@@ -16,8 +16,8 @@ def main() -> int:
         return 75
     finally:  # what is done is done: nothing shall make another exit code of it
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), signal.SIG_IGN)
+            if hasattr(_signal, name):
+                _signal.signal(getattr(_signal, name), _signal.SIG_IGN)
 
 
 if __name__ == "__main__":

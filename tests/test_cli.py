@@ -187,4 +187,4 @@ def test_debug_says_which_keys_and_outputs_are_known(tmp_path: Path) -> None:
     recipe = make(tmp_path)
     apply(recipe)
     done = run("plan", str(recipe), "--debug")
-    assert "runner.engine.plan: ingest: key " in done.stderr
+    assert "runner: ingest: key " in done.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.engine import child, cost, events, execute, opened, plan, worker
+from runner.engine import child, cost, events, execute, look, opened, worker
 from runner.errors import BusyError, PreconditionError, RunnerError
 from runner.stages import ingest
 from tests.workspaces import DATA_RECIPE, apply, chat, make, planned, ran, rows, states
@@ -71,9 +71,9 @@ def test_outputs_do_not_depend_on_the_order_of_the_folder(
     apply(recipe)
     before = recipe.with_suffix(".lock").read_bytes()
     shutil.rmtree(tmp_path / "artifacts")
-    found = plan.workspace.matching
+    found = look.workspace.matching
     monkeypatch.setattr(
-        plan.workspace, "matching", lambda *arguments: list(reversed(found(*arguments)))
+        look.workspace, "matching", lambda *arguments: list(reversed(found(*arguments)))
     )
     apply(recipe)
     assert recipe.with_suffix(".lock").read_bytes() == before

@@ -60,7 +60,7 @@ def artifact(
         output = store.publish(space, staging / "x")
     if stage is not None:
         parts = {"kind": stage, "version": 1, "settings": {"text": text}, "inputs": inputs or {}}
-        facts.write(space, Made(stage, output, parts, rebuilds, 1.0, 9, time.time()))
+        facts.write(space, Made(stage, output, parts, rebuilds, 1.0, 9, time.time(), {}, {}))
     grow_old(store.path_of(space, output))
     return output
 
@@ -337,7 +337,7 @@ def test_data_comes_back_through_data_that_is_gone_too(space: Workspace) -> None
     window = artifact(space, "window", inputs={"conversations": ingest})
     itself = artifact(space, "same")
     parts = {"kind": "clean", "version": 1, "inputs": {"conversations": itself}}
-    facts.write(space, Made("clean", itself, parts, True, 1.0, 9, time.time()))
+    facts.write(space, Made("clean", itself, parts, True, 1.0, 9, time.time(), {}, {}))
     shutil.rmtree(store.path_of(space, ingest))
     assert whys(space) == {window: "garbage", itself: "garbage"}
 
@@ -347,7 +347,7 @@ def test_what_was_made_from_something_that_only_itself_gives_does_not_come_back(
 ) -> None:
     gone = "ab" * 32
     parts = {"kind": "clean", "version": 1, "inputs": {"conversations": gone}}
-    facts.write(space, Made("clean", gone, parts, True, 1.0, 9, time.time()))
+    facts.write(space, Made("clean", gone, parts, True, 1.0, 9, time.time(), {}, {}))
     window = artifact(space, "window", inputs={"conversations": gone})
     assert whys(space) == {window: "trained"}
 

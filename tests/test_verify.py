@@ -228,7 +228,7 @@ def test_a_trained_model_is_hashed_and_tokens_are_made_again(
         (staging / "model").mkdir()
         (staging / "model" / "adapter.safetensors").write_bytes(b"as if trained")
         output = store.publish(space, staging / "model")
-    facts.write(space, Made("train", output, parts, False, 1.0, 13, time.time()))
+    facts.write(space, Made("train", output, parts, False, 1.0, 13, time.time(), {}, {}))
     apply(recipe)
     assert facts.of_output(space, key.of(parts), output) is not None
     assert found_states(recipe) == ["rebuilt"] * 4 + ["whole"]

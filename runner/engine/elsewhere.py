@@ -6,13 +6,12 @@ alone for the rest of the run, with one warning.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from runner.engine import facts
+from runner.engine import facts, log
 from runner.engine.facts import Made
 from runner.engine.workspace import SETTINGS
 from runner.errors import PreconditionError
@@ -20,7 +19,6 @@ from runner.errors import PreconditionError
 if TYPE_CHECKING:
     from runner.engine.remote import Remote
 
-logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 
@@ -31,7 +29,7 @@ class Elsewhere:
         self._root = root
         self._left_alone = False
         self._refused: set[str] = set()
-        self.warn: Callable[[str], None] = logger.warning
+        self.warn: Callable[[str], None] = log.warning
 
     @property
     def name(self) -> str:

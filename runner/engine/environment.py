@@ -5,7 +5,7 @@ It is kept with each fact and shown as drift; it decides nothing, unless a recip
 
 from __future__ import annotations
 
-import platform
+import os
 import sys
 from collections.abc import Mapping
 from functools import cache
@@ -23,7 +23,7 @@ NVIDIA = Path("/proc/driver/nvidia/gpus")
 def of(step: Step) -> dict[str, str]:
     """The environment of a stage: Python, its libraries, and the GPU where it uses one."""
     found = {name: version for name in step.libraries if (version := _version(name))}
-    found["python"] = platform.python_version()
+    found["python"] = ".".join(map(str, sys.version_info[:3]))
     if step.uses_gpu:
         found["gpu"] = gpu()
     return dict(sorted(found.items()))
@@ -43,7 +43,7 @@ def changes(then: Mapping[str, str], now: Mapping[str, str]) -> dict[str, tuple[
 @cache
 def gpu() -> str:
     """The name of the GPU, without asking the libraries that take seconds to load."""
-    if sys.platform == "darwin" and platform.machine() == "arm64":
+    if sys.platform == "darwin" and os.uname().machine == "arm64":
         return "Apple"
     names: list[str] = []
     try:

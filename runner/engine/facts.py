@@ -8,22 +8,17 @@ are only added; several outputs of one key are a training that was run again.
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from runner import disk
-from runner.engine import key, words
+from runner.engine import key, log, words
 from runner.engine.workspace import Workspace
 
-logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Made:
+class Made(NamedTuple):
     """The stage `stage` with `parts` gave `output`, which took `seconds` and so many bytes.
 
     `env` has the versions and the GPU it was made with; `rebuilds` says that the same bytes come
@@ -37,8 +32,8 @@ class Made:
     seconds: float
     bytes: int
     made_at: float
-    metrics: dict[str, Any] = field(default_factory=dict)
-    env: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, Any]
+    env: dict[str, str]
 
     @property
     def key(self) -> str:
@@ -93,7 +88,7 @@ def forget(workspace: Workspace, made: Made) -> None:
 
 
 def as_json(made: Made) -> bytes:
-    return (json.dumps(asdict(made), ensure_ascii=True) + "\n").encode()
+    return (json.dumps(made._asdict(), ensure_ascii=True) + "\n").encode()
 
 
 def parsed(data: bytes) -> Made:
@@ -124,5 +119,5 @@ def _read(path: Path) -> Made | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        logger.warning("%s is passed over: %s", path, error)
+        log.warning(f"{path} is passed over: {error}")
         return None

@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from runner import disk
 from runner.engine import key
@@ -26,29 +25,26 @@ FACT_PARTS = frozenset(("stage", "output", *PARTS))
 CONFLICT_MARKERS = ("<<<<<<<", "=======", ">>>>>>>", "|||||||")
 
 
-@dataclass(frozen=True)
-class Fact:
+class Fact(NamedTuple):
     """Stage `stage` with `parts` gave `output` (a content hash)."""
 
     stage: str
     output: str
-    parts: dict[str, Any] = field(hash=False)
+    parts: dict[str, Any]
 
     @property
     def key(self) -> str:
         return key.of(self.parts)
 
 
-@dataclass(frozen=True)
-class Pin:
+class Pin(NamedTuple):
     """The hub model `base_model` is this commit."""
 
     base_model: str
     commit: str
 
 
-@dataclass(frozen=True)
-class Lock:
+class Lock(NamedTuple):
     facts: tuple[Fact, ...] = ()
     pins: tuple[Pin, ...] = ()
 

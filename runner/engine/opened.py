@@ -6,9 +6,8 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from runner import disk
 from runner.engine import key, lock, plan, recipe, workspace
@@ -20,8 +19,7 @@ from runner.errors import PreconditionError, RecipeError
 from runner.model import source
 
 
-@dataclass(frozen=True)
-class Opened:
+class Opened(NamedTuple):
     """A recipe, checked, in its workspace."""
 
     path: Path

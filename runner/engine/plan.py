@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from runner.engine import environment, facts, key, lock, state, store, workspace
+from runner.engine import environment, facts, key, lock, log, look, store
 from runner.engine.elsewhere import Elsewhere
 from runner.engine.facts import Made
 from runner.engine.recipe import Compiled, Step
@@ -17,8 +15,6 @@ from runner.engine.workspace import Workspace
 from runner.errors import DriftError, PreconditionError, RecipeError, RunnerError
 from runner.model import source
 from runner.sources import SourceFile
-
-logger = logging.getLogger(__name__)
 
 Reason = Literal[
     "never run",
@@ -38,8 +34,7 @@ Reason = Literal[
 ]
 
 
-@dataclass(frozen=True)
-class Cause:
+class Cause(NamedTuple):
     """Why a stage is in its state: which part of its key changed, from what to what, in words.
 
     `what` is the setting, input or file that is meant; `old` and `new` are None where there is no
@@ -53,8 +48,7 @@ class Cause:
     new: Any = None
 
 
-@dataclass(frozen=True)
-class Planned:
+class Planned(NamedTuple):
     """What will become of a stage.
 
     `skip`: its output is known and here, or it is left out. `restore`: known, and fetched from the
@@ -78,16 +72,14 @@ class Planned:
         return any(cause.reason == "left out" for cause in self.causes)
 
 
-@dataclass(frozen=True)
-class Chosen:
+class Chosen(NamedTuple):
     """The stages that may run, and all that these read."""
 
     run: frozenset[str]
     read: frozenset[str]
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """What is asked for beside the recipe.
 
     `only` these stages run, or those from `start` on, and the others stay as they were made last;
@@ -125,8 +117,7 @@ class Choice:
 EVERYTHING = Choice()
 
 
-@dataclass(frozen=True)
-class World:
+class World(NamedTuple):
     """What a plan is made from: the known facts, the files as they are now, and what is asked."""
 
     workspace: Workspace
@@ -153,7 +144,7 @@ def whole(compiled: Compiled, world: World) -> tuple[Planned, ...]:
             f"the lockfile names the stage {gone[0]}, which the recipe does not have",
             hint="apply without --locked, and commit the lockfile",
         )
-        plan[step.name] = replace(last, problem=last.problem or problem)
+        plan[step.name] = last._replace(problem=last.problem or problem)
     return tuple(plan.values())
 
 
@@ -170,19 +161,25 @@ def decide(
     if world.chosen is not None and step.name not in world.chosen.run:
         return _left_out(step, world)
     problem = _missing(step, above, world)
+    manifest = None
+    root, memory, paranoid = world.workspace.root, world.state, world.choice.paranoid
     try:
-        manifest = _manifest(step, world, files)
+        if files is not None:
+            manifest = look.remembered(files, memory)
+        elif step.sources:
+            manifest, files = look.manifest(step, root, memory, paranoid=paranoid)
     except PreconditionError as error:
-        manifest, problem = None, problem or error
+        problem = problem or error
     if problem is not None:
         return Planned(step, "blocked", (Cause("blocked", problem.message),), problem=problem)
     found = _decided(step, above, world, manifest)
     if found.state not in ("skip", "restore") and step.sources:
         if files is None:
             # The list is only needed now; what changed since the look at it counts.
-            return decide(step, above, world, source_files(step, world))
-        found = replace(found, sources=files)
-    return replace(found, problem=_forbidden(found, world)) if world.choice.locked else found
+            files = look.files(step, root, memory, paranoid=paranoid)
+            return decide(step, above, world, files)
+        found = found._replace(sources=files)
+    return found._replace(problem=_forbidden(found, world)) if world.choice.locked else found
 
 
 def _decided(
@@ -222,7 +219,7 @@ def _decided(
 
     stage_key = key.of(parts)
     outputs = known_outputs(stage_key, world)
-    logger.debug("%s: key %s, known outputs %s", step.name, stage_key, outputs)
+    log.debug("%s: key %s, known outputs %s", step.name, stage_key, outputs)
     if step.name in world.choice.force:
         foreseen = outputs[0] if outputs and step.rebuilds else None
         return Planned(step, "run", (*changed, Cause("forced", "--force")), parts, foreseen)
@@ -295,14 +292,6 @@ def why(
     if then.get("env") != now.get("env"):
         causes.append(_environment_cause(step, now, before, world))
     return tuple(causes)
-
-
-def source_files(step: Step, world: World) -> tuple[SourceFile, ...]:
-    """The files that the stage's patterns name now, by name, each with its hash."""
-    root = world.workspace.root
-    hashes = world.state.hashes(_paths(step, world), trust_stat=not world.choice.paranoid)
-    files = (SourceFile(p, workspace.named(root, p), hashes[p]) for p in hashes)
-    return tuple(sorted(files, key=lambda file: (file.name, file.path)))
 
 
 def base_identity(
@@ -417,41 +406,6 @@ def damaged(stage: str, path: Path) -> PreconditionError:
 def _is_here(output: str, world: World) -> bool:
     check = store.is_whole if world.choice.paranoid else store.holds
     return check(world.workspace, output)
-
-
-def _paths(step: Step, world: World) -> list[str]:
-    root = world.workspace.root
-    found = {path for pattern in step.sources for path in workspace.matching(root, pattern)}
-    if not found:
-        raise PreconditionError(
-            f"{step.name}: no files in {', '.join(step.sources)} (below {root})",
-            hint="put chat exports or instruction data there, or correct `sources:`",
-        )
-    return list(found)
-
-
-def _manifest(step: Step, world: World, files: Sequence[SourceFile] | None) -> str | None:
-    """One hash over the source files, from what the last look remembered where nothing changed."""
-    if not step.sources:
-        return None
-    if files is not None:
-        return _remembered(files, world)
-    patterns = key.canonical([str(world.workspace.root), *step.sources])
-    digest = None if world.choice.paranoid else state.looked_at(_paths(step, world))
-    last = world.state.scanned(patterns)
-    if digest is not None and last is not None and last[0] == digest:
-        return last[1]
-    manifest = _remembered(source_files(step, world), world)
-    if digest is not None:
-        world.state.remember_scan(patterns, digest, manifest)
-    return manifest
-
-
-def _remembered(files: Iterable[SourceFile], world: World) -> str:
-    by_name = [(file.name, file.sha256) for file in files]
-    manifest = key.of_files(by_name)
-    world.state.remember_manifest(manifest, dict(by_name))
-    return manifest
 
 
 def _setting(settings: Mapping[str, Any], name: str) -> str:

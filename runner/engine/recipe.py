@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runner.errors import RecipeError
 
@@ -23,8 +22,7 @@ BYTES_MAX = 1 << 20
 MODELINE = "# yaml-language-server: $schema="
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """A stage, checked, with what the engine must know of it. `inputs`: kind → stage name."""
 
     name: str
@@ -45,8 +43,7 @@ class Step:
     rerun_on_env: bool = False
 
 
-@dataclass(frozen=True)
-class Compiled:
+class Compiled(NamedTuple):
     name: str
     base_model: str | None
     steps: tuple[Step, ...]
@@ -71,7 +68,7 @@ class Compiled:
         )
 
     def plain(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**self._asdict(), "steps": [step._asdict() for step in self.steps]}
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any]) -> Compiled:

@@ -9,7 +9,6 @@ there.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sqlite3
 import time
@@ -25,6 +24,7 @@ from runner.engine import (
     facts,
     key,
     lock,
+    log,
     plan,
     store,
     worker,
@@ -34,8 +34,6 @@ from runner.engine.opened import Opened
 from runner.engine.plan import Choice, Planned
 from runner.errors import DriftError, InterruptedRun, RunnerError
 from runner.model import source
-
-logger = logging.getLogger(__name__)
 
 REPLANS = 3
 """How often a run plans again because what it was planned from changed meanwhile."""
@@ -139,7 +137,7 @@ class Run:
         step, space = planned.step, self._current.workspace
         assert planned.parts is not None
         stage_key = key.of(planned.parts)
-        logger.debug("%s: key %s from %s", step.name, stage_key, planned.parts)
+        log.debug("%s: key %s from %s", step.name, stage_key, planned.parts)
         self._add("stage_started", planned, causes=[cause.text for cause in planned.causes])
         started = time.monotonic()
         env = environment.of(step)

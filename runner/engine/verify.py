@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import filecmp
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from runner import disk
-from runner.engine import child, key, plan, run, store, worker
+from runner.engine import child, key, look, plan, run, store, worker
 from runner.engine.events import Event
 from runner.engine.opened import Opened
 from runner.engine.plan import Planned
@@ -68,13 +68,14 @@ def _rebuilt(current: Opened, one: Planned, planned: dict[str, Planned]) -> Chec
         if any(not store.is_whole(current.workspace, inputs[s]) for s in one.step.inputs.values()):
             text = "its output has its hash; not made again, because what it reads is not whole"
             return Checked(name, one.output, "whole", text)
-        files = plan.source_files(one.step, current.world()) if one.step.sources else ()
+        root, sources = current.workspace.root, one.step.sources
+        files = look.files(one.step, root, current.state) if sources else ()
         if files and key.of_files((f.name, f.sha256) for f in files) != _manifest(one):
             text = "its output has its hash; not made again, because its sources are changing"
             return Checked(name, one.output, "whole", text)
         job = run.job_of(
             current,
-            replace(one, sources=files),
+            one._replace(sources=files),
             inputs,
             output=made,
             scratch=scratch,

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from runner.errors import PreconditionError
 
@@ -16,8 +16,7 @@ MARKERS = (".git", "pyproject.toml", SETTINGS, "artifacts")
 PASSED_OVER_ENDINGS = ("~", ".part", ".tmp", ".crdownload", ".lock")
 
 
-@dataclass(frozen=True)
-class Workspace:
+class Workspace(NamedTuple):
     """The folder that paths in recipes are relative to; all that the runner writes is in it."""
 
     root: Path

@@ -50,7 +50,10 @@ def since(current: Opened, revision: str) -> list[Change]:
 
 
 def records(changes: Sequence[Change]) -> list[dict[str, Any]]:
-    return [asdict(change) for change in changes]
+    return [
+        {**asdict(change), "causes": [cause._asdict() for cause in change.causes]}
+        for change in changes
+    ]
 
 
 def text(changes: Sequence[Change], revision: str) -> str:

@@ -59,7 +59,7 @@ def record(shown: Shown) -> list[dict[str, Any]]:
         {
             "stage": one.step.name,
             "state": one.state,
-            "causes": [asdict(cause) for cause in one.causes],
+            "causes": [cause._asdict() for cause in one.causes],
             "problem": one.problem.message if one.problem else None,
             "output": one.output,
             "cost": _cost_record(shown.costs.get(one.step.name)),
