@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -18,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from runner.engine import events, worker
+from runner.engine.log import debug
 from runner.engine.recipe import Step
 from runner.errors import InterruptedRun, PreconditionError, RecipeError, RunnerError
-
-logger = logging.getLogger(__name__)
 
 CODES: dict[int, type[RunnerError]] = {
     kind.exit_code: kind for kind in (InterruptedRun, PreconditionError, RecipeError, RunnerError)
@@ -69,9 +67,7 @@ def run(
                 child.kill() if asked_to_stop else child.terminate()
                 asked_to_stop = True
         code = child.wait()
-        logger.debug(
-            "%s: child %d ended with %d; its output: %s", step.name, child.pid, code, log_path
-        )
+        debug("%s: child %d ended with %d; its output: %s", step.name, child.pid, code, log_path)
     if code == 0 and result is not None:
         return result
     if error is not None:

@@ -11,7 +11,6 @@ everything appears whole.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import time
@@ -21,11 +20,9 @@ from hashlib import file_digest
 from pathlib import Path
 
 from runner import disk
-from runner.engine import key
+from runner.engine import key, log
 from runner.engine.workspace import Workspace
 from runner.errors import PreconditionError, RecipeError
-
-logger = logging.getLogger(__name__)
 
 HASH = re.compile("[0-9a-f]{64}")
 USED_AFTER_S = 24 * 3600
@@ -141,10 +138,9 @@ def register(workspace: Workspace) -> None:
             disk.write_whole(own, os.fsencode(workspace.root))
     except OSError as error:
         # Reading needs no right to write.
-        logger.warning(
-            "the store %s cannot note that %s uses it (%s): `runner gc` of others may delete what"
-            " only this workspace needs",
-            *(workspace.store, workspace.root, error.strerror),
+        log.warning(
+            f"the store {workspace.store} cannot note that {workspace.root} uses it"
+            f" ({error.strerror}): `runner gc` of others may delete what only this workspace needs"
         )
 
 
