@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.chat import files, jsonl, near
+from runner.chat import files, jsonl, known, near
 from runner.chat.conversation import Conversation, Ids, content_hash
 from runner.errors import RunnerError
 from runner.stages.split import (
@@ -254,7 +254,8 @@ def test_what_belongs_together_stays_together(one: Record, other: Record, tmp_pa
 
 def marks(root: Path, data: list[Record]) -> tuple[list[Member], dict[str, str]]:
     path = root / "conversations" / "conversations.jsonl"
-    return belonging(path, [record["id"] for record in data], 0.8)
+    with known.lines(root / "index", b"", None) as before:
+        return belonging(path, [record["id"] for record in data], 0.8, before)
 
 
 def test_a_conversation_on_both_sides_is_a_leak(tmp_path: Path) -> None:

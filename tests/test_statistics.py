@@ -1,8 +1,9 @@
+from functools import partial
 from typing import Any
 
 import pytest
 
-from runner.chat.statistics import Statistics, estimated_tokens, learned_texts, verdict
+from runner.chat.statistics import Statistics, estimated_tokens, learned_texts, numbers, verdict
 
 
 def chat(*texts: str, **more: Any) -> dict[str, Any]:
@@ -14,10 +15,10 @@ def chat(*texts: str, **more: Any) -> dict[str, Any]:
 
 
 def added(*records: dict[str, Any], chars: int = 10) -> Statistics:
-    numbers = Statistics(chars)
+    found = Statistics(chars)
     for record in records:
-        numbers.add(record)
-    return numbers
+        found.add(numbers(record, chars), partial(dict, record))
+    return found
 
 
 def test_conversations_turns_and_replies_are_counted() -> None:

@@ -1,9 +1,10 @@
 """How conversations are cleaned: what is done to each, and what becomes of it.
 
-Most decisions are about one conversation alone, or about what stood before it, so that cleaning
-streams: of texts that have passed only hashes stay in memory. What depends on later ones waits in a
-file meanwhile. A step takes a record and gives it back, changed perhaps, or a `Fault` for which it
-is dropped.
+First each conversation is looked at by itself: steps repair it, or find a `Fault` for which it is
+dropped, and all that the later decisions need is a `Finding`, which holds hashes and counts and no
+text. A conversation that was looked at before is known by its line and not looked at again. Then it
+is decided from the findings what is dropped because of others, and what stays is written. A step
+takes a record and gives it back, changed perhaps, or a `Fault`.
 """
 
 from __future__ import annotations
@@ -12,14 +13,24 @@ import hashlib
 import json
 import shutil
 from array import array
+from binascii import a2b_base64, b2a_base64
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from runner.chat import jsonl, languages, leftovers, normal, personal_data, rules, statistics
+from runner.chat import (
+    known,
+    languages,
+    leftovers,
+    near,
+    normal,
+    personal_data,
+    rules,
+    statistics,
+)
 from runner.chat.conversation import Ids, Message, content_hash, replies, tidy
 from runner.errors import RunnerError
 
@@ -37,28 +48,69 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Kept:
+class Finding:
+    """What was found of one conversation by itself. Plain data, so that it can be kept as JSON."""
+
     id: str
     """In the input."""
-    record: Record
-    changed: bool
-
-
-@dataclass(frozen=True)
-class Dropped:
-    id: str
     source: Mapping[str, Any]
-    rule: str
-    text: str
+    counts: Mapping[str, int]
+    """What was done to it, for the metrics."""
+    reported: Mapping[str, Mapping[str, int]]
+    """What stays in it and a user should know of: like `secrets`, with how many of each kind."""
+    used: Sequence[str]
+    """The replacements that it has a place for."""
+    fault: tuple[str, str] | None = None
+    """Rule and text, where it is dropped; then there is no more to know."""
+    changed: bool = False
+    """Whether its line is another one now, apart from the id."""
+    content: str = ""
+    """A hash of what it says, by which repeats are told."""
+    written: str = ""
+    """The same of what is written, where an instruction has got other words."""
+    begins: Sequence[str] = ()
+    """The instructions that it begins with."""
+    varied: bool = False
+    """Whether an instruction has got other words."""
+    prefixes: str = ""
+    """A hash for each beginning of its messages, by which it is found in others or others in it."""
+    answered: bool = False
+    """Whether it has a reply to learn from."""
+    near: Sequence[str] = ()
+    """What `near` has read, where near duplicates are looked for."""
+    chars: int = 0
+    """Of all that it says."""
+    numbers: Sequence[Any] = ()
+    """The fields of `statistics.Numbers`."""
 
-    def record(self) -> Record:
-        source = dict(self.source)
-        return {"conversation": self.id, "source": source, "rule": self.rule, "text": self.text}
+    def plain(self) -> bytes:
+        return json.dumps(list(vars(self).values()), separators=(",", ":")).encode()
+
+    @staticmethod
+    def of(plain: bytes) -> Finding:
+        return Finding(*json.loads(plain.decode()))
 
 
-Outcome = Kept | Dropped
 Step = Callable[[Record], Record | Fault]
 Judge = Callable[[str, Record], Fault | None]
+
+
+@dataclass
+class Notes:
+    """What the steps note beside the record that they give, of one conversation after the other."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    reported: dict[str, Counter[str]] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+
+    def report(self, what: str, kinds: Iterable[str]) -> None:
+        """Something of these kinds was found and stays."""
+        self.reported.setdefault(what, Counter()).update(kinds)
+
+    def clear(self) -> None:
+        self.counts.clear()
+        self.reported.clear()
+        self.used.clear()
 
 
 @dataclass
@@ -69,17 +121,18 @@ class Tally:
     dropped: Counter[str] = field(default_factory=Counter)
     finds: dict[str, Counter[str]] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
-    latest: dict[str, str] = field(default_factory=dict)
-    """The last conversation with each kind of find, so that none counts twice."""
     unused: dict[str, set[str]] = field(default_factory=dict)
     """What the recipe names (`replacements`, `instructions`) and was found nowhere so far."""
 
-    def report(self, what: str, record: Record, kinds: Iterable[str]) -> None:
-        """A conversation in which something of these kinds was found and stays."""
-        self.counts[f"with_{what}"] += self.latest.get(what) != record["id"]
-        self.latest[what] = record["id"]
-        self.finds.setdefault(what, Counter()).update(kinds)
-        self.first.setdefault(what, place(record))
+    def add(self, finding: Finding) -> None:
+        self.counts["conversations"] += 1
+        self.counts.update(finding.counts)
+        for what, kinds in finding.reported.items():
+            self.counts[f"with_{what}"] += 1
+            self.finds.setdefault(what, Counter()).update(kinds)
+            self.first.setdefault(what, place(finding.source))
+        if finding.used:
+            self.unused["replacements"].difference_update(finding.used)
 
     def metrics(self, templates: int) -> dict[str, float | int | str]:
         """The numbers; of single rules and kinds only those that occurred."""
@@ -134,25 +187,56 @@ NAMED_MAX = 60
 """Characters of a recipe's text that a message shows."""
 
 
-def counted(path: Path, tally: Tally, emit: Callable[[dict[str, Any]], None]) -> Iterator[Record]:
-    """The conversations of the file, counted, with an event now and then."""
-    with path.open("rb") as lines:
-        total = sum(1 for _ in lines)
-    for done, record in enumerate(jsonl.read(path)):
-        if done % 1000 == 0:
-            emit({"event": "progress", "done": done, "total": total, "unit": "conversations"})
-        tally.counts["conversations"] += 1
-        yield record
+Examine = Callable[[bytes], tuple[Finding, bytes]]
+"""What `examined` does, with all but the line given."""
 
 
-def judged(records: Iterable[Record], steps: Sequence[Step]) -> Iterator[Outcome]:
-    """Each conversation after all steps, or why it was dropped."""
-    for record in records:
-        now = after(record, steps)
-        if isinstance(now, Fault):
-            yield Dropped(record["id"], record["source"], now.rule, now.text)
-        else:
-            yield Kept(record["id"], now, now != record)
+def examined(
+    data: bytes,
+    *,
+    steps: Sequence[Step],
+    notes: Notes,
+    with_prefixes: bool,
+    similarity: float | None,
+    instructions: Sequence[tuple[str, Sequence[str]]],
+    template_chars: int,
+) -> tuple[Finding, bytes]:
+    """What is found of the conversation of one line, and what is to be written of it after its id
+    where it is changed. The steps note in `notes`.
+    """
+    record = json.loads(data)
+    notes.clear()
+    now = after(record, steps)
+    found = partial(
+        Finding,
+        record["id"],
+        record["source"],
+        dict(notes.counts),
+        {what: dict(kinds) for what, kinds in notes.reported.items()},
+        sorted(notes.used),
+    )
+    if isinstance(now, Fault):
+        return found((now.rule, now.text)), b""
+    is_changed = now != record
+    content = content_hash(now) if is_changed else record["id"].partition("~")[0]
+    variant = varied(now, content, instructions)
+    said = now if variant is None else variant
+    is_reworded = said != now
+    may_grow = with_prefixes and _may_grow(now)
+    texts = "\n".join(statistics.texts(now)) if similarity else ""
+    finding = found(
+        changed=is_changed or is_reworded,
+        content=content,
+        written=content_hash(said) if is_reworded else content,
+        begins=[text for text, _ in instructions if begun_with(now, text) is not None],
+        varied=variant is not None,
+        prefixes=_prefixes(now) if may_grow else "",
+        answered=may_grow and bool(replies(now["messages"])),
+        near=near.read(texts, similarity).plain() if similarity else (),
+        chars=len(texts),
+        numbers=list(vars(statistics.numbers(said, template_chars)).values()),
+    )
+    return finding, _after_id(line(said).encode()) if finding.changed else b""
 
 
 def after(record: Record, steps: Sequence[Step]) -> Record | Fault:
@@ -164,52 +248,206 @@ def after(record: Record, steps: Sequence[Step]) -> Record | Fault:
     return record
 
 
-def repeats(outcomes: Iterable[Outcome], *, drop: bool, tally: Tally) -> Iterator[Outcome]:
-    """Counts what says the same as an earlier conversation, and drops it where that is asked."""
-    seen: dict[str, str] = {}
-    for outcome in outcomes:
-        if isinstance(outcome, Kept):
-            first = seen.setdefault(hash_of(outcome), outcome.id)
-            if first != outcome.id:
-                tally.counts["exact_duplicates"] += 1
-                if drop:
-                    text = f"it says the same as conversation {first}"
-                    yield dropped(outcome, Fault("exact_duplicate", text))
-                    continue
-        yield outcome
-
-
-def without_grown(outcomes: Iterable[Outcome], scratch: Path) -> Iterator[Outcome]:
-    """Drops what is word for word the beginning of another conversation, as an export made earlier
-    has it: each of its windows is one of the longer conversation too.
+def findings(
+    source: Path,
+    before: known.Lines,
+    examine: Examine,
+    spool: Path,
+    emit: Callable[[dict[str, Any]], None],
+) -> Iterator[Finding]:
+    """What is found of each line of the file, and an event now and then. `spool` gets two lines for
+    each: key and finding, and what is to be written of it, where that had to be found anew.
     """
-    prefixes = array("Q")  # of each conversation the hashes of its first message, first two, …
-    ends = array("Q")
-    whole: dict[int, int] = {}
-    places: list[tuple[str, str]] = []
-    waiting = scratch / "whole.jsonl"
-    for outcome in passing(outcomes, waiting):
-        if isinstance(outcome, Kept) and _may_grow(outcome.record):
-            prefixes.extend(_prefixes(outcome.record["messages"]))
-            if replies(outcome.record["messages"]):
-                whole[prefixes[-1]] = len(ends)
-            ends.append(len(prefixes))
-            places.append((outcome.id, place(outcome.record)))
-    longest: dict[int, tuple[int, int]] = {}  # the shorter → messages of the longest, which it is
-    start = 0
-    for number, end in enumerate(ends):
-        for prefix in prefixes[start : end - 1]:
-            shorter = whole.get(prefix)
-            if shorter is not None and longest.get(shorter, (0, 0))[0] < end - start:
-                longest[shorter] = (end - start, number)
-        start = end
-    said = {places[n][0]: places[longer] for n, (_, longer) in longest.items()}
-    for outcome in passed(waiting):
-        if isinstance(outcome, Kept) and outcome.id in said:
-            id, where = said[outcome.id]
+    total = _lines_of(source)
+    with spool.open("wb") as out:
+        for done, data in enumerate(known.read(source)):
+            if done % 1000 == 0:
+                emit({"event": "progress", "done": done, "total": total, "unit": "conversations"})
+            key, text = known.key_of(data), b""
+            plain = before.found(key)
+            if plain is None:
+                finding, text = examine(data)
+                plain = finding.plain()
+            else:
+                finding = Finding.of(plain)
+            out.write(b"%b %b\n%b" % (key, plain, text or b"\n"))
+            yield finding
+
+
+def decided(
+    found: Iterable[Finding], *, drop_repeats: bool, similarity: float | None, tally: Tally
+) -> dict[int, Fault]:
+    """Adds up the findings; which of them, by their numbers, are dropped because of others."""
+    faults: dict[int, Fault] = {}
+    first: dict[str, str] = {}
+    grown = _Grown()
+    alike = _Alike()
+    for number, finding in enumerate(found):
+        tally.add(finding)
+        if finding.fault:
+            continue
+        id = first.setdefault(finding.content, finding.id)
+        if id != finding.id:
+            tally.counts["exact_duplicates"] += 1
+            if drop_repeats:
+                faults[number] = Fault("exact_duplicate", f"it says the same as conversation {id}")
+                continue
+        if drop_repeats and finding.prefixes:
+            grown.add(number, finding)
+        if similarity:
+            alike.add(number, finding)
+    faults.update(grown.faults())
+    if similarity:
+        faults.update(alike.faults(similarity, faults))
+    return faults
+
+
+class _Grown:
+    """What is word for word the beginning of another conversation, as an export made earlier has
+    it: each of its windows is one of the longer conversation too.
+    """
+
+    def __init__(self) -> None:
+        self._prefixes = array("Q")  # of each the hashes of its first message, first two, …
+        self._ends = array("Q")
+        self._whole: dict[int, int] = {}
+        self._places: list[tuple[int, str, str]] = []
+
+    def add(self, number: int, finding: Finding) -> None:
+        self._prefixes.frombytes(a2b_base64(finding.prefixes))
+        if finding.answered:
+            self._whole[self._prefixes[-1]] = len(self._ends)
+        self._ends.append(len(self._prefixes))
+        self._places.append((number, finding.id, place(finding.source)))
+
+    def faults(self) -> Iterator[tuple[int, Fault]]:
+        longest: dict[int, tuple[int, int]] = {}  # shorter → messages of the longest, which it is
+        start = 0
+        for which, end in enumerate(self._ends):
+            for prefix in self._prefixes[start : end - 1]:
+                shorter = self._whole.get(prefix)
+                if shorter is not None and longest.get(shorter, (0, 0))[0] < end - start:
+                    longest[shorter] = (end - start, which)
+            start = end
+        for shorter, (_, longer) in longest.items():
+            _, id, where = self._places[longer]
             text = f"it is the beginning of conversation {id}, which goes on ({where})"
-            outcome = dropped(outcome, Fault("grown", text))
-        yield outcome
+            yield self._places[shorter][0], Fault("grown", text)
+
+
+class _Alike:
+    """All but the longest of each group of near duplicates, of equally long ones the first: the
+    last export of a chat that has grown holds what the earlier ones hold.
+    """
+
+    def __init__(self) -> None:
+        self._found: list[tuple[int, str, int, near.Read]] = []
+
+    def add(self, number: int, finding: Finding) -> None:
+        read = near.Read.of(finding.near)
+        self._found.append((number, finding.id, finding.chars, read))
+
+    def faults(self, similarity: float, others: Container[int]) -> Iterator[tuple[int, Fault]]:
+        """Those that are dropped for other reasons are no reason to drop one."""
+        found = [one for one in self._found if one[0] not in others]
+        first_of = near.grouped(((id, read) for _, id, _, read in found), similarity)
+        longest: dict[str, tuple[int, str]] = {}
+        for _, id, chars, _ in found:
+            if chars > longest.setdefault(first_of[id], (chars, id))[0]:
+                longest[first_of[id]] = (chars, id)
+        for number, id, _, _ in found:
+            stays = longest[first_of[id]][1]
+            if stays != id:
+                text = (
+                    f"it says almost the same as conversation {stays} (similarity {similarity:g})"
+                )
+                yield number, Fault("near_duplicate", text)
+
+
+def write(
+    source: Path,
+    spool: Path,
+    faults: Mapping[int, Fault],
+    before: known.Lines,
+    examine: Examine,
+    output: Path,
+    numbers: statistics.Statistics,
+    max_copies: int | None,
+    tally: Tally,
+) -> None:
+    """Both files at once; an id is the hash of what is said now, with `~2` for a repeat.
+
+    What has a stretch of text that `max_copies` before it have is dropped here.
+    """
+    ids = Ids()
+    size = 0
+    with (
+        spool.open("rb", buffering=known.READ_BYTES) as rows,
+        (output / "conversations.jsonl").open("wb") as kept,
+        (output / "dropped.jsonl").open("wb") as dropped,
+    ):
+        for number, data in enumerate(known.read(source)):
+            key, plain = rows.readline()[:-1].split(b" ", 1)
+            text = rows.readline()
+            finding = Finding.of(plain)
+            fault = Fault(*finding.fault) if finding.fault else faults.get(number)
+            if fault is None:
+                counted = statistics.Numbers(*finding.numbers)
+                fault = _copied(counted, max_copies, numbers)
+            if fault:
+                tally.counts["dropped"] += 1
+                tally.dropped[fault.rule] += 1
+                dropped.write(line(_dropped(finding, fault)).encode())
+                before.note(key, plain)
+                continue
+            if not finding.changed:
+                made, rest = b"", _after_id(data)
+            elif text != b"\n":
+                made = rest = text
+            else:
+                made = rest = before.made(key) or examine(data)[1]
+            begin = b'{"id":"%b"' % ids.next(finding.written).encode()
+            kept.write(begin)
+            kept.write(rest)
+            before.note(key, plain, size + len(begin), made)
+            size += len(begin) + len(rest)
+            tally.counts["kept"] += 1
+            tally.counts["changed"] += finding.changed
+            if finding.varied:
+                tally.counts["varied"] += 1
+            tally.unused["instructions"].difference_update(finding.begins)
+            numbers.add(counted, partial(json.loads, begin + rest))
+    spool.unlink()
+
+
+def _copied(
+    counted: statistics.Numbers, max_copies: int | None, numbers: statistics.Statistics
+) -> Fault | None:
+    """For a stretch that so many before it have; `numbers` has counted them."""
+    for place, digest in counted.stretches:
+        if max_copies is not None and numbers.count((place, digest)) >= max_copies:
+            text = f"a reply {place} as in {max_copies:,} conversations before it"
+            return Fault("template", text)
+    return None
+
+
+def _dropped(finding: Finding, fault: Fault) -> Record:
+    return {
+        "conversation": finding.id,
+        "source": finding.source,
+        "rule": fault.rule,
+        "text": fault.text,
+    }
+
+
+def _after_id(data: bytes) -> bytes:
+    """The line of a conversation without the id, with which all of them begin."""
+    return data[data.index(b'"', len(b'{"id":"')) + 1 :]
+
+
+def _lines_of(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(data.count(b"\n") for data in iter(partial(file.read, 1 << 20), b""))
 
 
 _sorted = json.JSONEncoder(sort_keys=True, check_circular=False)
@@ -219,115 +457,24 @@ def _may_grow(record: Record) -> bool:
     return bool(record.get("messages")) and "chosen" not in record and "label" not in record
 
 
-def _prefixes(messages: Sequence[Record]) -> Iterator[int]:
+def _prefixes(record: Record) -> str:
     """A hash for each beginning of the messages, with all that belongs to a message."""
     state = hashlib.blake2b(digest_size=8)
-    for message in messages:
+    digests: list[bytes] = []
+    for message in record["messages"]:
         state.update(_sorted.encode(message).encode())
-        yield int.from_bytes(state.digest(), "big")
-
-
-def without_near(
-    outcomes: Iterable[Outcome], similarity: float, scratch: Path
-) -> Iterator[Outcome]:
-    """Drops all but the longest of each group of near duplicates, of equally long ones the first:
-    the last export of a chat that has grown holds what the earlier ones hold.
-    """
-    from runner.chat import near
-
-    waiting = scratch / "judged.jsonl"
-    chars: dict[str, int] = {}
-
-    def texts() -> Iterator[tuple[str, str]]:
-        for outcome in passing(outcomes, waiting):
-            if isinstance(outcome, Kept):
-                text = "\n".join(statistics.texts(outcome.record))
-                chars[outcome.id] = len(text)
-                yield outcome.id, text
-
-    first_of = near.components(texts(), similarity)
-    longest: dict[str, str] = {}
-    for id, first in first_of.items():
-        if chars[id] > chars[longest.setdefault(first, first)]:
-            longest[first] = id
-    for outcome in passed(waiting):
-        stays = longest[first_of[outcome.id]] if outcome.id in first_of else outcome.id
-        if isinstance(outcome, Kept) and stays != outcome.id:
-            text = f"it says almost the same as conversation {stays} (similarity {similarity:g})"
-            outcome = dropped(outcome, Fault("near_duplicate", text))
-        yield outcome
-
-
-def passing(outcomes: Iterable[Outcome], waiting: Path) -> Iterator[Outcome]:
-    """The outcomes, which are written to a file meanwhile."""
-    waiting.parent.mkdir(parents=True, exist_ok=True)
-    with waiting.open("w", encoding="utf-8", newline="\n") as out:
-        for outcome in outcomes:
-            out.write(line(vars(outcome)))
-            yield outcome
-
-
-def passed(waiting: Path) -> Iterator[Outcome]:
-    """The outcomes of the file, which is gone then."""
-    for fields in jsonl.read(waiting):
-        yield Dropped(**fields) if "rule" in fields else Kept(**fields)
-    waiting.unlink()
-
-
-def without_templates(
-    outcomes: Iterable[Outcome], max_copies: int, numbers: statistics.Statistics, chars: int
-) -> Iterator[Outcome]:
-    """Drops conversations with a stretch that so many before them have; `numbers` has counted."""
-    for outcome in outcomes:
-        if isinstance(outcome, Kept):
-            learned = list(statistics.learned_texts(outcome.record))
-            for stretch in statistics.stretches(learned, chars):
-                if numbers.count(stretch) >= max_copies:
-                    text = f"a reply {stretch[0]} as in {max_copies:,} conversations before it"
-                    outcome = dropped(outcome, Fault("template", text))
-                    break
-        yield outcome
+        digests.append(state.digest())
+    return b2a_base64(b"".join(digests), newline=False).decode()
 
 
 def varied(
-    outcomes: Iterable[Outcome],
-    instructions: Sequence[tuple[str, Sequence[str]]],
-    tally: Tally,
-) -> Iterator[Outcome]:
-    """Gives the first user message another wording of its instruction, drawn by its content."""
-    for outcome in outcomes:
-        if isinstance(outcome, Kept):
-            unused = tally.unused.get("instructions", set())
-            unused -= {text for text in unused if begun_with(outcome.record, text) is not None}
-            for text, variants in instructions:
-                record = with_variant(outcome.record, hash_of(outcome), text, variants)
-                if record is not None:
-                    tally.counts["varied"] += 1
-                    outcome = Kept(outcome.id, record, outcome.changed or record != outcome.record)
-                    break
-        yield outcome
-
-
-def write(
-    output: Path, outcomes: Iterable[Outcome], numbers: statistics.Statistics, tally: Tally
-) -> None:
-    """Both files at once; an id is the hash of what is said now, with `~2` for a repeat."""
-    ids = Ids()
-    with (output / "dropped.jsonl").open("w", encoding="utf-8", newline="\n") as out:
-
-        def kept() -> Iterator[Record]:
-            for outcome in outcomes:
-                if isinstance(outcome, Dropped):
-                    tally.counts["dropped"] += 1
-                    tally.dropped[outcome.rule] += 1
-                    out.write(line(outcome.record()))
-                else:
-                    tally.counts["kept"] += 1
-                    tally.counts["changed"] += outcome.changed
-                    numbers.add(outcome.record)
-                    yield {**outcome.record, "id": ids.next(hash_of(outcome))}
-
-        jsonl.write(output / "conversations.jsonl", kept())
+    record: Record, content: str, instructions: Sequence[tuple[str, Sequence[str]]]
+) -> Record | None:
+    """With another wording of the instruction that it begins with, drawn by its content; None where
+    it begins with none.
+    """
+    found = (with_variant(record, content, text, variants) for text, variants in instructions)
+    return next((record for record in found if record is not None), None)
 
 
 def refuse_nothing(tally: Tally, output: Path, scratch: Path) -> None:
@@ -372,10 +519,12 @@ def normalise(record: Record) -> Record | Fault:
     return record
 
 
-def fill(record: Record, replacements: Mapping[str, str], tally: Tally) -> Record | Fault:
-    unused = tally.unused.setdefault("replacements", set(replacements))
+def fill(record: Record, replacements: Mapping[str, str], notes: Notes) -> Record | Fault:
+    unused = set(replacements)
     change = partial(leftovers.filled, replacements=replacements, unused=unused)
-    return with_texts(record, change)
+    filled = with_texts(record, change)
+    notes.used |= replacements.keys() - unused
+    return filled
 
 
 def refuse_empty(record: Record) -> Record | Fault:
@@ -398,15 +547,15 @@ def says_something(messages: Sequence[Record]) -> bool:
     )
 
 
-def count_marks(record: Record, tally: Tally) -> Record | Fault:
+def count_marks(record: Record, notes: Notes) -> Record | Fault:
     """Reports what looks like a control token; tokenize encodes it as text."""
     marks = sum(leftovers.control_marks(text) for text in statistics.texts(record))
     if marks:
-        tally.report("control_marks", record, ["mark"] * marks)
+        notes.report("control_marks", ["mark"] * marks)
     return record
 
 
-def protect(record: Record, treatments: Mapping[str, str], tally: Tally) -> Record | Fault:
+def protect(record: Record, treatments: Mapping[str, str], notes: Notes) -> Record | Fault:
     """Redacts, reports or drops for secrets and personal data, wherever they stand."""
     found = list(personal_data.in_value(private_texts(record)))
     redact: set[personal_data.Kind] = set()
@@ -420,10 +569,10 @@ def protect(record: Record, treatments: Mapping[str, str], tally: Tally) -> Reco
         if treatments[what] == "drop":
             return Fault(what, f"it has {spaced(what)}: {listed(Counter(mine))}")
         if treatments[what] == "report":
-            tally.report(what, record, mine)
+            notes.report(what, mine)
         else:
             redact |= kinds
-            tally.counts.update(f"redacted_{kind}" for kind in mine)
+            notes.counts.update(f"redacted_{kind}" for kind in mine)
     if not redact:
         return record
     private = {part: record[part] for part in PRIVATE if part in record}
@@ -453,7 +602,7 @@ def judge_replies(
     faults: Sequence[Judge],
     reply_chars: tuple[int, int | str],
     document_chars: tuple[int, int | str],
-    tally: Tally,
+    notes: Notes,
 ) -> Record | Fault:
     """Takes the loss from replies with a fault; a fault where none is left to learn.
 
@@ -495,7 +644,7 @@ def judge_replies(
             fault.rule,
             f"none of its {len(exchanges)} replies can be learned; of the first, {fault.text}",
         )
-    tally.counts["replies_not_learned"] += len(faulty)
+    notes.counts["replies_not_learned"] += len(faulty)
     messages = [
         {"role": m["role"], "content": m["content"], "weight": 0, **m} if at in faulty else m
         for at, m in enumerate(record["messages"])
@@ -522,14 +671,14 @@ def refusal(text: str, record: Record, phrases: Sequence[str]) -> Fault | None:
     return Fault("refusals", f"it says {found!r}", (found,)) if found else None
 
 
-def reporting(judge: Judge, drop: bool, tally: Tally) -> Judge:
+def reporting(judge: Judge, drop: bool, notes: Notes) -> Judge:
     """The judge itself, or one that only reports what it finds."""
     if drop:
         return judge
 
     def reported(text: str, record: Record) -> None:
         if fault := judge(text, record):
-            tally.report(fault.rule, record, fault.found)
+            notes.report(fault.rule, fault.found)
 
     return reported
 
@@ -538,7 +687,7 @@ def rule_fault(text: str, record: Record, rule: rules.Rule, forbidden: bool) -> 
     try:
         broken = rules.check(rule, text)
     except TimeoutError:
-        where = f"conversation {record['id']} ({place(record)})"
+        where = f"conversation {record['id']} ({place(record['source'])})"
         raise rules.too_slow(rule, where) from None
     if forbidden:
         return None if broken else Fault("forbid", f"{rule.name!r} is forbidden")
@@ -598,18 +747,10 @@ def begun_with(record: Record, text: str) -> int | None:
     return None
 
 
-def hash_of(kept: Kept) -> str:
-    """What is said, as a hash; for an untouched record the one that its id has."""
-    return content_hash(kept.record) if kept.changed else kept.id.partition("~")[0]
-
-
-def dropped(kept: Kept, fault: Fault) -> Dropped:
-    return Dropped(kept.id, kept.record["source"], fault.rule, fault.text)
-
-
-def place(record: Record) -> str:
-    source = record["source"]
-    return f"{source['path']} record {source['index']}" if "index" in source else source["path"]
+def place(source: Mapping[str, Any]) -> str:
+    return (
+        f"{source['path']} record {source['index']}" if "index" in source else str(source["path"])
+    )
 
 
 def listed(found: Counter[str]) -> str:

@@ -19,8 +19,10 @@ import math
 import re
 import unicodedata
 from array import array
+from binascii import a2b_base64, b2a_base64
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
@@ -52,6 +54,42 @@ def components(texts: Iterable[tuple[str, str]], similarity: float) -> dict[str,
     are one group. Case, white space and punctuation do not count. The groups do not depend on the
     order, and a further text can join groups but never parts one.
     """
+    return grouped(((id, read(text, similarity)) for id, text in texts), similarity)
+
+
+@dataclass(frozen=True)
+class Read:
+    """What has to be known of a text: a hash of its words, and where near ones are looked for a
+    MinHash of its runs of words.
+    """
+
+    digest: bytes
+    signature: Any = None
+
+    def plain(self) -> list[str]:
+        """As JSON can hold it; for the same version of rensa."""
+        parts = [self.digest]
+        if self.signature is not None:
+            parts.append(self.signature.__getstate__())
+        return [b2a_base64(part, newline=False).decode() for part in parts]
+
+    @staticmethod
+    def of(plain: Sequence[str]) -> Read:
+        digest, *state = map(a2b_base64, plain)
+        signature = None
+        if state:
+            signature = _empty_signature()
+            signature.__setstate__(state[0])
+        return Read(digest, signature)
+
+
+def read(text: str, similarity: float) -> Read:
+    """What has to be known of a text to find others that are as similar."""
+    return Read(*_read(text, signed=similarity < 1))
+
+
+def grouped(texts: Iterable[tuple[str, Read]], similarity: float) -> dict[str, str]:
+    """As `components`, of texts that have been read."""
     ids: list[str] = []
     alike: dict[bytes, int] = {}
     joined = Joined()
@@ -59,11 +97,10 @@ def components(texts: Iterable[tuple[str, str]], similarity: float) -> dict[str,
     owners: list[int] = []
     for number, (id, text) in enumerate(texts):
         ids.append(id)
-        digest, signature = _read(text, signed=similarity < 1)
-        first = alike.setdefault(digest, number)
+        first = alike.setdefault(text.digest, number)
         joined.join(number, first)
-        if first == number and similarity < 1:
-            found.append(signature)
+        if first == number and text.signature is not None:
+            found.append(text.signature)
             owners.append(number)
     for one, other in _near(found, similarity):
         joined.join(owners[one], owners[other])
@@ -200,21 +237,25 @@ def _read(text: str, *, signed: bool = True) -> tuple[bytes, Any]:
     A text is padded, so that a short one has runs as well, and differs in most of them from another
     short one that is not the same.
     """
-    from rensa import RMinHash  # type: ignore[import-untyped,unused-ignore]
-
     ends = [""] * (RUN - 1)
     digest = hashlib.blake2b(digest_size=16)
-    signature = RMinHash(MINIMA, _SEED)
+    signature = _empty_signature() if signed else None
     words = ends
     for piece in chain(_words(text), [ends]):
         digest.update(" ".join(["", *piece]).encode())
-        if not signed:
+        if signature is None:
             continue
         words = [*words, *piece]
         runs = zip(*(words[n:] for n in range(RUN)), strict=False)
         signature.update(list(map(" ".join, runs)))
         words = words[1 - RUN :]
     return digest.digest(), signature
+
+
+def _empty_signature() -> Any:
+    from rensa import RMinHash  # type: ignore[import-untyped,unused-ignore]
+
+    return RMinHash(MINIMA, _SEED)
 
 
 def _words(text: str) -> Iterator[list[str]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from runner.chat.conversation import replies
@@ -17,8 +18,40 @@ OTHER_CHARS_PER_TOKEN = 2.5
 TEMPLATE_COPIES_MIN = 5
 """Fewer conversations with the same beginning are chance."""
 
-Stretch = tuple[str, bytes]
+Stretch = tuple[str, str]
 """`begins` or `ends`, and a hash of the text there."""
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What is counted of one conversation."""
+
+    counts: Mapping[str, int]
+    letters: Mapping[str, int]
+    """Of each script."""
+    stretches: Sequence[Stretch]
+
+
+def numbers(record: Record, template_chars: int) -> Numbers:
+    said = list(texts(record))
+    learned = list(learned_texts(record))
+    judged = "text" in record or "chosen" in record or "label" in record
+    letters: Counter[str] = Counter()
+    for text in said:
+        letters.update(_scripts(text))
+    return Numbers(
+        {
+            "conversations": 1,
+            "documents": int("text" in record),
+            "preferences": int("chosen" in record or "label" in record),
+            "turns": len(record.get("messages", ())),
+            "replies": 0 if judged else len(learned),
+            "characters": sum(map(len, said)),
+        },
+        letters,
+        list(stretches(learned, template_chars)),
+    )
 
 
 class Statistics:
@@ -31,22 +64,16 @@ class Statistics:
         self._stretches: Counter[Stretch] = Counter()
         self._quotes: dict[Stretch, str] = {}
 
-    def add(self, record: Mapping[str, Any]) -> None:
-        learned = list(learned_texts(record))
-        said = list(texts(record))
-        self._counts["conversations"] += 1
-        self._counts["documents"] += "text" in record
-        self._counts["preferences"] += "chosen" in record or "label" in record
-        self._counts["turns"] += len(record.get("messages", ()))
-        judged = "text" in record or "chosen" in record or "label" in record
-        self._counts["replies"] += 0 if judged else len(learned)
-        self._counts["characters"] += sum(map(len, said))
-        for text in said:
-            self._letters.update(scripts(text))
-        for stretch, text in stretches(learned, self._template_chars).items():
-            self._stretches[stretch] += 1
-            if self._stretches[stretch] == TEMPLATE_COPIES_MIN:
-                self._quotes[stretch] = _quoted(text, stretch[0], self._template_chars)
+    def add(self, one: Numbers, record: Callable[[], Record]) -> None:
+        """`record` gives the conversation itself, and is asked only for words to quote."""
+        _add(self._counts, one.counts)
+        _add(self._letters, one.letters)
+        for place, digest in one.stretches:
+            self._stretches[place, digest] += 1
+            if self._stretches[place, digest] == TEMPLATE_COPIES_MIN:
+                learned = list(learned_texts(record()))
+                text = stretches(learned, self._template_chars)[place, digest]
+                self._quotes[place, digest] = _quoted(text, place, self._template_chars)
 
     def count(self, stretch: Stretch) -> int:
         """How many of the added conversations have this stretch."""
@@ -57,17 +84,19 @@ class Statistics:
 
         The most frequent come first; of those that overlap by half, only the first is named.
         """
-        least = share * self._counts["conversations"]
+        least = max(TEMPLATE_COPIES_MIN - 1, share * self._counts["conversations"])
+        frequent = [
+            (-count, stretch) for stretch, count in self._stretches.items() if count > least
+        ]
         found: list[tuple[str, str, int]] = []
         run = max(1, self._template_chars // 2)
         named: set[str] = set()
-        for stretch, count in sorted(self._stretches.items(), key=lambda s: (-s[1], s[0])):
-            if count >= TEMPLATE_COPIES_MIN and count > least:
-                text = self._quotes[stretch]
-                runs = {text[at : at + run] for at in range(max(1, len(text) - run + 1))}
-                if named.isdisjoint(runs):
-                    found.append((stretch[0], text, count))
-                named |= runs
+        for count, stretch in sorted(frequent):
+            text = self._quotes[stretch]
+            runs = {text[at : at + run] for at in range(max(1, len(text) - run + 1))}
+            if named.isdisjoint(runs):
+                found.append((stretch[0], text, -count))
+            named |= runs
         return found
 
     def summary(self) -> dict[str, Any]:
@@ -84,7 +113,7 @@ class Statistics:
         }
 
 
-def texts(record: Mapping[str, Any]) -> Iterator[str]:
+def texts(record: Record) -> Iterator[str]:
     """All that a conversation, a preference or a document says."""
     if "text" in record:
         yield record["text"]
@@ -95,7 +124,7 @@ def texts(record: Mapping[str, Any]) -> Iterator[str]:
                 yield message["thinking"]
 
 
-def learned_texts(record: Mapping[str, Any]) -> Iterator[str]:
+def learned_texts(record: Record) -> Iterator[str]:
     """The replies that are learned: of a preference the better one, of a document all of it."""
     if "text" in record:
         yield record["text"]
@@ -113,9 +142,25 @@ def stretches(learned: list[str], chars: int) -> dict[Stretch, str]:
     for text in learned:
         if len(text) > chars:
             for place, part in (("begins", text[:chars]), ("ends", text[-chars:])):
-                digest = hashlib.blake2b(part.encode(), digest_size=8).digest()
+                digest = hashlib.blake2b(part.encode(), digest_size=8).hexdigest()
                 found[place, digest] = text
     return found
+
+
+def _scripts(text: str) -> Mapping[str, int]:
+    """As `languages.scripts`; of plain English text, which is quicker, too."""
+    if not text.isascii():
+        return scripts(text)
+    letters = len(text.encode().translate(None, _NO_LETTERS))
+    return {"Latin": letters} if letters else {}
+
+
+_NO_LETTERS = bytes(byte for byte in range(128) if not chr(byte).isalpha())
+
+
+def _add(sums: Counter[str], counts: Mapping[str, int]) -> None:
+    for name, count in counts.items():
+        sums[name] += count
 
 
 def _quoted(text: str, place: str, chars: int) -> str:

@@ -24,6 +24,8 @@ from runner.engine.facts import Made
 from runner.engine.workspace import Workspace
 from runner.errors import BusyError, PreconditionError, RecipeError, RunnerError
 
+INDEXED = ("ingest", "clean", "window", "split")
+"""Stages with a folder in the cache, of one index an output, which go one by one."""
 YOUNG_S = 14 * 24 * 3600
 """Nothing goes that was made or used so shortly ago."""
 NAME_DIGITS_MIN = 6
@@ -325,8 +327,9 @@ def _unknown(repository: Path, said: str) -> PreconditionError:
 def _left(space: Workspace) -> Iterator[Found]:
     """Of trainings that were never finished, and of caches for what is not there any more."""
     unfinished = [path for path in sorted(space.scratch.glob("*")) if path.is_dir()]
-    cached = [path for path in sorted(space.cache.glob("*")) if path.name != "ingest"]
-    cached += sorted((space.cache / "ingest").glob("*"))
+    indexes = [path for kind in INDEXED for path in sorted((space.cache / kind).glob("*"))]
+    models = [path for path in sorted(space.cache.glob("*")) if path.name not in INDEXED]
+    cached = [*models, *indexes]
     kinds = (("unfinished training", unfinished), ("cache", cached))
     for kind, paths in kinds:
         for path in paths:

@@ -266,11 +266,6 @@ def job_of(
         scratch=str(scratch),
         cache=str(space.cache),
         previous=str(store.path_of(space, previous.output)) if previous else None,
-        previous_inputs={
-            kind: str(store.path_of(space, output))
-            for kind, output in (previous.parts.get("inputs", {}) if previous else {}).items()
-            if store.is_whole(space, output)
-        },
     )
 
 

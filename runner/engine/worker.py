@@ -35,7 +35,6 @@ class Job:
     scratch: str
     cache: str
     previous: str | None = None
-    previous_inputs: dict[str, str] | None = None
 
 
 def run(job: Job, emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -54,7 +53,6 @@ def run(job: Job, emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         seed=job.seed,
         emit=emit,
         previous=Path(job.previous) if job.previous else None,
-        previous_inputs={k: Path(path) for k, path in (job.previous_inputs or {}).items()},
     )
     try:
         return dict(parsed(job.entry).run(dirs))

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from runner.chat import cleaning, languages, leftovers, statistics
+from runner.chat import cleaning, known, languages, leftovers, statistics
 from runner.stages.rule import RuleSettings
 from runner.stages.stage import Dirs, Metrics, Settings, Stage
 
@@ -147,21 +147,45 @@ class Clean(Stage):
     def run(self, dirs: Dirs) -> Metrics:
         source = dirs.inputs["conversations"] / "conversations.jsonl"
         instructions = [(i.text.strip(), i.variants) for i in self.instructions]
+        repeats_go = self.exact_duplicates == "drop"
+        similarity = None if self.near_duplicates == "keep" else self.near_duplicates
+        copies = self.templates.max_copies
         tally = cleaning.Tally()
+        tally.unused["replacements"] = set(self.replacements)
         tally.unused["instructions"] = {text for text, _ in instructions}
         numbers = statistics.Statistics(self.templates.chars)
-        found = cleaning.judged(cleaning.counted(source, tally, dirs.emit), self._steps(tally))
-        found = cleaning.repeats(found, drop=self.exact_duplicates == "drop", tally=tally)
-        if self.exact_duplicates == "drop":
-            found = cleaning.without_grown(found, dirs.scratch)
-        if self.near_duplicates != "keep":
-            found = cleaning.without_near(found, self.near_duplicates, dirs.scratch)
-        if self.templates.max_copies != "unlimited":
-            found = cleaning.without_templates(
-                found, self.templates.max_copies, numbers, self.templates.chars
+        notes = cleaning.Notes()
+        examine = partial(
+            cleaning.examined,
+            steps=self._steps(notes),
+            notes=notes,
+            with_prefixes=repeats_go,
+            similarity=similarity,
+            instructions=instructions,
+            template_chars=self.templates.chars,
+        )
+        dirs.scratch.mkdir(parents=True, exist_ok=True)
+        spool = dirs.scratch / "found"
+        with known.lines(
+            known.index_of(dirs.cache, self.kind(), self.name, dirs.recipe),
+            known.identity(self.model_dump(mode="json"), self.version, self.libraries),
+            dirs.previous / "conversations.jsonl" if dirs.previous else None,
+        ) as before:
+            found = cleaning.findings(source, before, examine, spool, dirs.emit)
+            faults = cleaning.decided(
+                found, drop_repeats=repeats_go, similarity=similarity, tally=tally
             )
-        found = cleaning.varied(found, instructions, tally)
-        cleaning.write(dirs.output, found, numbers, tally)
+            cleaning.write(
+                source=source,
+                spool=spool,
+                faults=faults,
+                before=before,
+                examine=examine,
+                output=dirs.output,
+                numbers=numbers,
+                max_copies=None if copies == "unlimited" else copies,
+                tally=tally,
+            )
         cleaning.refuse_nothing(tally, dirs.output, dirs.scratch)
         for text in tally.warnings(numbers, self.templates.share):
             dirs.emit({"event": "warning", "text": text})
@@ -192,25 +216,25 @@ class Clean(Stage):
         else:
             yield from super().rows(artifact, view)
 
-    def _steps(self, tally: cleaning.Tally) -> list[cleaning.Step]:
+    def _steps(self, notes: cleaning.Notes) -> list[cleaning.Step]:
         """What is done to each conversation, in this order."""
         steps: list[cleaning.Step] = []
         if self.normalise:
             steps.append(cleaning.normalise)
         if self.replacements:
-            steps.append(partial(cleaning.fill, replacements=self.replacements, tally=tally))
+            steps.append(partial(cleaning.fill, replacements=self.replacements, notes=notes))
         steps.append(cleaning.refuse_empty)
-        steps.append(partial(cleaning.count_marks, tally=tally))
+        steps.append(partial(cleaning.count_marks, notes=notes))
         if {self.secrets, self.personal_data} != {"keep"}:
             treatments = {"secrets": self.secrets, "personal_data": self.personal_data}
-            steps.append(partial(cleaning.protect, treatments=treatments, tally=tally))
+            steps.append(partial(cleaning.protect, treatments=treatments, notes=notes))
         steps.append(
             partial(
                 cleaning.judge_replies,
-                faults=self._faults(tally),
+                faults=self._faults(notes),
                 document_chars=(self.min_document_chars, self.max_document_chars),
                 reply_chars=(self.min_reply_chars, self.max_reply_chars),
-                tally=tally,
+                notes=notes,
             )
         )
         steps += [
@@ -223,17 +247,17 @@ class Clean(Stage):
             steps.append(partial(cleaning.judge_language, wanted=frozenset(self.languages)))
         return steps
 
-    def _faults(self, tally: cleaning.Tally) -> list[cleaning.Judge]:
+    def _faults(self, notes: cleaning.Notes) -> list[cleaning.Judge]:
         """What makes a reply or a document one that is not learned, or is reported."""
         phrases = tuple(leftovers.folded(phrase) for phrase in self.phrases)
         faults: list[cleaning.Judge] = []
         if self.placeholders != "keep":
             faults.append(
-                cleaning.reporting(cleaning.placeholder, self.placeholders == "drop", tally)
+                cleaning.reporting(cleaning.placeholder, self.placeholders == "drop", notes)
             )
         if self.refusals != "keep":
             refuses = partial(cleaning.refusal, phrases=phrases)
-            faults.append(cleaning.reporting(refuses, self.refusals == "drop", tally))
+            faults.append(cleaning.reporting(refuses, self.refusals == "drop", notes))
         faults += [
             partial(cleaning.rule_fault, rule=rule.plain(), forbidden=forbidden)
             for forbidden, wanted in ((False, self.require), (True, self.forbid))

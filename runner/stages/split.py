@@ -11,6 +11,7 @@ trained, and so new data can never turn what was trained into eval.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from runner.chat import jsonl, near
+from runner.chat import known, near
 from runner.chat.conversation import replies
 from runner.errors import RunnerError
 from runner.stages.stage import Dirs, Metrics, Stage
@@ -28,6 +29,10 @@ LONG_EXCHANGE = 200
 """Characters from which on an exchange that two conversations share is no chance."""
 FEW = 5
 """Fewer conversations than this give a noisy eval loss."""
+
+_CHAIN = b'{"conversation":"'
+_MARK = b',"split":"%b"}\n'
+"""How the line of a chain begins, and how it ends when it is marked."""
 
 SHARED = {
     "content": "are exact repeats",
@@ -58,10 +63,15 @@ class Split(Stage):
         chains = dirs.inputs["chains"] / "chains.jsonl"
         conversations = dirs.inputs["conversations"] / "conversations.jsonl"
         marked = dirs.output / "chains.jsonl"
-        ids = {chain["conversation"] for chain in jsonl.read(chains)}
+        ids = {_id(chain, _CHAIN) for chain in known.read(chains)}
         if not self.eval_fraction:
             return _counts(_mark(chains, marked, set()), ids, set())
-        members, joined = belonging(conversations, ids, self.near_duplicates)
+        with known.lines(
+            known.index_of(dirs.cache, self.kind(), self.name, dirs.recipe),
+            known.identity(self.model_dump(mode="json"), self.version, self.libraries),
+            dirs.previous / "chains.jsonl" if dirs.previous else None,
+        ) as before:
+            members, joined = belonging(conversations, ids, self.near_duplicates, before)
         groups = together(members, joined)
         held_out = eval_set(groups, self.eval_fraction)
         sides = _mark(chains, marked, held_out)
@@ -152,8 +162,8 @@ def refuse_leaks(chains: Path, members: Sequence[Member], joined: Mapping[str, s
     It looks at each mark by itself, and so at none of the decisions that made the split.
     """
     sides: dict[str, str] = {}
-    for chain in jsonl.read(chains):
-        id, side = chain["conversation"], chain["split"]
+    for line in known.read(chains):
+        id, side = _id(line, _CHAIN), _side(line)
         if sides.setdefault(id, side) != side:
             raise _leak(f"conversation {id} is in train and in eval")
     seen: dict[str, Member] = {}
@@ -211,7 +221,7 @@ def _reasons(group: Sequence[Member]) -> str:
 
 
 def belonging(
-    conversations: Path, ids: Iterable[str], near_duplicates: float
+    conversations: Path, ids: Iterable[str], near_duplicates: float, before: known.Lines
 ) -> tuple[list[Member], dict[str, str]]:
     """The conversations of those ids, and for each id the first one that it is a near duplicate
     of. Memory never holds the texts.
@@ -219,28 +229,54 @@ def belonging(
     wanted = set(ids)
     members: list[Member] = []
 
-    def said() -> Iterator[tuple[str, str]]:
-        for conversation in jsonl.read(conversations):
-            if conversation["id"] in wanted:
-                members.append(member(conversation))
-                yield conversation["id"], words(conversation)
+    def said() -> Iterator[tuple[str, near.Read]]:
+        for line in known.read(conversations):
+            if _id(line, b'{"id":"') not in wanted:
+                continue
+            key = known.key_of(line)
+            found = before.found(key)
+            if found is None:
+                found = _found(json.loads(line), near_duplicates)
+            before.note(key, found)
+            id, where, place, marks, read = json.loads(found.decode())
+            members.append(Member(id, where, place, tuple(marks)))
+            yield id, near.Read.of(read)
 
-    joined = near.components(said(), near_duplicates)
+    joined = near.grouped(said(), near_duplicates)
     return members, joined
+
+
+def _found(conversation: Mapping[str, Any], near_duplicates: float) -> bytes:
+    """The fields of its `Member`, and what `near` reads of it."""
+    read = near.read(words(conversation), near_duplicates)
+    fields = [*vars(member(conversation)).values(), read.plain()]
+    return json.dumps(fields, separators=(",", ":")).encode()
 
 
 def _mark(chains: Path, marked: Path, held_out: set[str]) -> Counter[str]:
     """Writes the chains with their sides; how many are on each."""
     counts: Counter[str] = Counter(train=0, eval=0)
-
-    def sides() -> Iterator[dict[str, Any]]:
-        for chain in jsonl.read(chains):
-            side = "eval" if chain["conversation"] in held_out else "train"
+    with marked.open("wb") as out:
+        for line in known.read(chains):
+            side = "eval" if _id(line, _CHAIN) in held_out else "train"
             counts[side] += 1
-            yield {**chain, "split": side}
-
-    jsonl.write(marked, sides())
+            out.write(line[: line.rindex(b"}")] + _MARK % side.encode())
     return counts
+
+
+def _side(line: bytes) -> str:
+    """The side with which a chain that was marked ends."""
+    for side in ("train", "eval"):
+        if line.endswith(_MARK % side.encode()):
+            return side
+    raise _leak(f"a chain is on no side: {line[-40:]!r}")
+
+
+def _id(line: bytes, begin: bytes) -> str:
+    """The id with which the line begins, without reading what follows."""
+    if not line.startswith(begin):
+        raise ValueError(f"a line begins with {line[:20]!r}, not with {begin!r}")
+    return line[len(begin) : line.index(b'"', len(begin))].decode()
 
 
 def _counts(chains: Mapping[str, int], train: Set[str], held_out: Set[str]) -> Metrics:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -30,9 +30,8 @@ class Settings(BaseModel):
 class Dirs:
     """All that a stage may touch. `scratch` survives an interrupted run of the same key.
 
-    `previous` is what the stage made last with the same settings, from other inputs, and
-    `previous_inputs` has those of them that are still there: to take over what is still right. The
-    output must be what a build from nothing gives.
+    `previous` is what the stage made last with the same settings, from other inputs: to take over
+    what is still right. The output must be what a build from nothing gives.
     """
 
     inputs: Mapping[str, Path]
@@ -45,7 +44,6 @@ class Dirs:
     seed: int
     emit: Callable[[Event], None]
     previous: Path | None = None
-    previous_inputs: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def base(self) -> Path:

@@ -9,15 +9,18 @@ Documents and preferences are no conversations in this sense: they are counted, 
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate, groupby, repeat
 from operator import itemgetter
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from runner.chat import jsonl
+from runner.chat import known
 from runner.chat.conversation import replies
 from runner.errors import RunnerError
 from runner.stages.stage import Dirs, Metrics, Stage
@@ -70,17 +73,25 @@ class Window(Stage):
 
     def run(self, dirs: Dirs) -> Metrics:
         instruct = self.mode == "instruct"
-        counts: Counter[str] = Counter()
-        records = chains(
-            jsonl.read(dirs.inputs["conversations"] / "conversations.jsonl"),
+        cut = partial(
+            chains,
             pairs=instruct or self.pairs,
             expanding=not instruct and self.expanding,
             sliding_turns=() if instruct else self.sliding_turns,
             every_reply=self.loss == "every_reply",
             once=self.duplicates == "one",
-            counts=counts,
         )
-        jsonl.write(dirs.output / "chains.jsonl", records)
+        with known.lines(
+            known.index_of(dirs.cache, self.kind(), self.name, dirs.recipe),
+            known.identity(self.model_dump(mode="json"), self.version, self.libraries),
+            dirs.previous / "chains.jsonl" if dirs.previous else None,
+        ) as before:
+            counts = write(
+                dirs.inputs["conversations"] / "conversations.jsonl",
+                before,
+                cut,
+                dirs.output / "chains.jsonl",
+            )
         if (others := counts["preferences"] + counts["documents"]) and counts["conversations"]:
             makes = "makes" if others == 1 else "make"
             dirs.emit({"event": "warning", "text": f"{_others(counts)} {makes} no windows: {USE}"})
@@ -95,6 +106,32 @@ class Window(Stage):
                 hint="training needs a user message that is followed by an assistant's reply",
             )
         return {name: counts[name] for name in COUNTS}
+
+
+def write(
+    conversations: Path,
+    before: known.Lines,
+    cut: Callable[..., Iterator[dict[str, Any]]],
+    output: Path,
+) -> Counter[str]:
+    """Writes the chains of all conversations, of those that are as they were the same bytes again;
+    the counts. `cut` is `chains` with its settings.
+    """
+    counts: Counter[str] = Counter()
+    start = 0
+    with output.open("wb") as out:
+        for line in known.read(conversations):
+            key = known.key_of(line)
+            found, made = before.found(key), before.made(key)
+            if found is None or made is None:
+                own: Counter[str] = Counter()
+                made = b"".join(_line(chain) for chain in cut([json.loads(line)], counts=own))
+                found = json.dumps([own[name] for name in COUNTS], separators=(",", ":")).encode()
+            before.note(key, found, start, made)
+            start += out.write(made)
+            for name, count in zip(COUNTS, json.loads(found.decode()), strict=True):
+                counts[name] += count
+    return counts
 
 
 def chains(
@@ -195,6 +232,10 @@ def stretch(
         found.append(message)
     tools = {"tools": conversation["tools"]} if conversation.get("tools") else {}
     return {"messages": found, **tools}
+
+
+def _line(chain: Mapping[str, Any]) -> bytes:
+    return json.dumps(chain, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
 def _weights(spans: Iterable[tuple[int, int]]) -> int:

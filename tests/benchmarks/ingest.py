@@ -1,6 +1,8 @@
 """What one new file of 10,000 costs, and how much memory a very large export takes.
 
-    python tests/benchmarks/ingest.py [--files 10000] [--export-mb 1000]
+    python tests/benchmarks/ingest.py [--files 10000] [--export-mb 1000] [--stages]
+
+With --stages also what clean, window and split take by themselves, the first time and then.
 
 Whole commands in new processes, in turn with one another; medians, with the least and the most.
 """
@@ -24,6 +26,12 @@ stages:
   - stage: ingest
     sources: [chats]
 """
+FURTHER = """\
+  - stage: clean
+    near_duplicates: 0.8
+  - stage: window
+  - stage: split
+"""
 
 
 def main() -> None:
@@ -31,14 +39,18 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--export-mb", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--stages", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         (root / "pyproject.toml").touch()
         (root / "chats").mkdir()
         (root / "bench.yaml").write_text(RECIPE)
-        if options.files:
+        if options.files and not options.stages:
             one_new_file(root, options.files, options.rounds)
+        elif options.files:
+            (root / "bench.yaml").write_text(RECIPE + FURTHER)
+            stage_by_stage(root, options.files, options.rounds)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         (root / "pyproject.toml").touch()
@@ -66,6 +78,27 @@ def one_new_file(root: Path, count: int, rounds: int) -> None:
         print(f"  {name:15} {spread(found)}")
     more = [new - old for new, old in zip(*list(times.values())[1:][::-1], strict=True)]
     print(f"  one new file costs beside looking at all the others {spread(more)}")
+
+
+def stage_by_stage(root: Path, count: int, rounds: int) -> None:
+    for number in range(count):
+        write_chat(root / "chats" / f"chat-{number:06}.json", number, turns=8)
+    first = by_stage(root)
+    times: dict[str, list[float]] = {stage: [] for stage in first}
+    for number in range(rounds):
+        write_chat(root / "chats" / f"new-{number}.json", count + number, turns=8)
+        for stage, took in by_stage(root).items():
+            times[stage].append(took)
+    for stage, found in times.items():
+        print(f"  {stage:8} {first[stage]:.2f} s; one more file of {count:,}: {spread(found)}")
+
+
+def by_stage(root: Path) -> dict[str, float]:
+    """Seconds that each stage of an apply took, by its events."""
+    command = [sys.executable, "-m", "runner", "apply", "bench.yaml", "--json"]
+    done = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    return {e["stage"]: e["seconds"] for e in events if e["event"] == "stage_finished"}
 
 
 def large_export(root: Path, megabytes: int) -> None:
