@@ -184,6 +184,26 @@ def _gc(command: Parser) -> None:
     command.add_argument("--workspace", type=Path, metavar="DIR", help="whose store (the one here)")
 
 
+def _doctor(command: Parser) -> None:
+    command.add_argument(
+        "recipe", type=Path, nargs="?", metavar="RECIPE", help="does its training fit here?"
+    )
+    command.add_argument(
+        "--workspace", type=Path, metavar="DIR", help="folder that its paths start from"
+    )
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="STAGE.KEY=VALUE",
+        help="another value than the recipe's, for this command",
+    )
+    command.add_argument(
+        "--memory", metavar="SIZE", help="does it fit on a GPU of 8GB, say, wherever that is?"
+    )
+
+
 def _schema(command: Parser) -> None:
     command.add_argument("--write", type=Path, metavar="FILE", help="write it there instead")
 
@@ -219,6 +239,11 @@ COMMANDS = {
     "verify": Command("check that every output is there, and is what it was", _verify),
     "gc": Command("show what is in the store and not needed any more", _gc, takes_recipe=False),
     "push": Command("copy what is made to the remote cache of runner.yaml"),
+    "doctor": Command(
+        "say what this machine has and lacks, and whether a recipe fits on it",
+        _doctor,
+        takes_recipe=False,
+    ),
     "schema": Command("print the JSON Schema of recipes", _schema, takes_recipe=False),
 }
 """In the order of `runner --help`; the function of each is in `runner.cli`, by its name."""

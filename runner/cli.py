@@ -135,7 +135,8 @@ def _init(options: argparse.Namespace) -> int:
         return 0
     for path in made:
         print(f"wrote {path}")
-    print(f"Put chats into data/{options.called}/, then: runner apply {made[0]}")
+    print(f"Put chats into data/{options.called}/, then: runner apply {_near(made[0])}")
+    print("Your chats are yours: think before you commit data/ where others can read it.")
     return 0
 
 
@@ -169,9 +170,12 @@ def _plan(options: argparse.Namespace) -> int:
     if problem:
         return problem.exit_code
     work = [step.step.name for step in shown.planned if step.state != "skip"]
+    work = work or list(shown.unsettled)
     if work and options.check:
         if not options.json:
-            raise DriftError(f"{', '.join(work)} would run", hint="run `runner apply`")
+            raise DriftError(
+                f"{', '.join(work)} would change", hint=f"run `runner apply {options.recipe}`"
+            )
         return DriftError.exit_code
     return 0
 
@@ -363,8 +367,12 @@ def _verify(options: argparse.Namespace) -> int:
     wrong = [checked.stage for checked in found if not checked.is_right]
     if wrong and not options.json:
         raise RunnerError(
-            f"{', '.join(wrong)}: not what the lockfile says",
-            hint="`runner apply --paranoid` makes again what can be made again",
+            f"{', '.join(wrong)}: not there, or not what the lockfile says",
+            hint=f"`runner apply {options.recipe} --paranoid` makes again what can be made again",
+        )
+    if all(checked.state == "nothing" for checked in found):
+        raise PreconditionError(
+            "the lockfile names no output yet", hint=f"run `runner apply {options.recipe}` first"
         )
     return RunnerError.exit_code if wrong else 0
 
@@ -392,12 +400,28 @@ def _push(options: argparse.Namespace) -> int:
 
     with opened.at(options.recipe, options.workspace, options.overrides) as current:
         pushed = [step.step.name for step in execute.push(current)]
+        if not pushed:
+            raise PreconditionError(
+                "there is nothing to push", hint=f"run `runner apply {options.recipe}` first"
+            )
         name = current.elsewhere.name
     if options.json:
         _print_json({"pushed": pushed})
     else:
-        print(f"{', '.join(pushed) or 'nothing'}: now in {name}")
+        print(f"{', '.join(pushed)}: now in {name}")
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from runner.ui import doctor
+
+    return doctor.shown(
+        options.recipe,
+        workspace=options.workspace,
+        overrides=options.overrides,
+        asked_memory=options.memory,
+        as_json=options.json,
+    )
 
 
 def _schema(options: argparse.Namespace) -> int:
@@ -426,5 +450,6 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "verify": _verify,
     "gc": _gc,
     "push": _push,
+    "doctor": _doctor,
     "schema": _schema,
 }

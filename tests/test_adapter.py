@@ -1,18 +1,19 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from runner.errors import RunnerError
-from runner.model import adapter, load, lora, score, token_files
-from tests import tiny_models
+from runner.model import adapter, identity, load, lora, score, token_files
+from tests import chat_tokenizers, tiny_models
 from tests.tiny_models import Family
 
 IDS = torch.tensor([[97, 98, 99, 104, 101, 100, 103, 97]])
@@ -127,6 +128,164 @@ def test_a_tokenizer_that_knows_more_than_the_model_is_refused(tmp_path: Path) -
     base = tiny_models.folder(tmp_path / "base", vocab_size=200, eos_token_id=3)
     with pytest.raises(RunnerError, match="the tokenizer knows 269 tokens, the model 200"):
         adapter.check_vocabulary(base, base)
+
+
+def noted(base: Path, folder: Path) -> Path:
+    """An adapter with the note that a training leaves beside it."""
+    saved_adapter(base, folder)
+    identity.write(base, folder)
+    return folder
+
+
+def edited(base: Path, folder: Path, name: str, edit: Callable[[Any], None]) -> Path:
+    """A copy of a base model with something else in one of its JSON files."""
+    shutil.copytree(base, folder)
+    value = json.loads((folder / name).read_text(encoding="utf-8"))
+    edit(value)
+    (folder / name).write_text(json.dumps(value), encoding="utf-8")
+    return folder
+
+
+def refused(model: Path, base: Path) -> str:
+    """The one sentence with which measuring and merging refuse; nothing is written."""
+    with pytest.raises(RunnerError) as measuring:
+        adapter.tuned(base, model, dtype="float32", device="cpu")
+    merged = model.parent / "refused"
+    with pytest.raises(RunnerError) as merging:
+        adapter.merge(base, model, merged, dtype="float32")
+    assert measuring.value.message == merging.value.message
+    assert not merged.exists()
+    return merging.value.message
+
+
+def test_an_adapter_opens_on_the_base_that_it_was_trained_on(tmp_path: Path) -> None:
+    base = tiny_models.folder(tmp_path / "base")
+    trained = noted(base, tmp_path / "adapter")
+    moved = shutil.copytree(base, tmp_path / "moved")
+    adapter.merge(moved, trained, tmp_path / "merged", dtype="float32")
+    assert not (tmp_path / "merged" / identity.FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "shape", "said"),
+    [
+        ("qwen3", {}, "a LlamaForCausalLM, the base model {} is a Qwen3ForCausalLM"),
+        ("llama", {"hidden_size": 64}, "a hidden size of 32, the base model {} has 64"),
+        ("llama", {"num_hidden_layers": 3}, "2 layers, the base model {} has 3"),
+        ("llama", {"vocab_size": 300}, "269 tokens, the base model {} has 300"),
+        ("llama", {"intermediate_size": 96}, "other weights than the base model {} has now"),
+    ],
+)
+def test_an_adapter_of_another_base_is_refused_in_a_sentence_that_names_both(
+    family: Family, shape: dict[str, int], said: str, tmp_path: Path
+) -> None:
+    trained = noted(tiny_models.folder(tmp_path / "base"), tmp_path / "adapter")
+    other = tiny_models.folder(tmp_path / "other", family, **shape)
+    sentence = refused(trained, other)
+    assert sentence.startswith(f"{trained} was trained on")
+    assert said.format(other) in sentence
+
+
+def test_a_base_with_other_words_under_the_same_ids_is_refused(tmp_path: Path) -> None:
+    base = tiny_models.folder(tmp_path / "base")
+    trained = noted(base, tmp_path / "adapter")
+
+    def swap(tokenizer: dict[str, Any]) -> None:
+        words = tokenizer["model"]["vocab"]
+        words["a"], words["b"] = words["b"], words["a"]
+
+    other = edited(base, tmp_path / "other", "tokenizer.json", swap)
+    assert "another vocabulary" in refused(trained, other)
+
+
+def test_a_base_with_another_chat_template_is_refused(tmp_path: Path) -> None:
+    base = tiny_models.folder(tmp_path / "base")
+    trained = noted(base, tmp_path / "adapter")
+    other = shutil.copytree(base, tmp_path / "other")
+    (other / "chat_template.jinja").write_text(chat_tokenizers.LLAMA3, encoding="utf-8")
+    assert "another chat template" in refused(trained, other)
+
+
+def test_a_base_whose_weights_have_changed_since_is_refused(tmp_path: Path) -> None:
+    base = tiny_models.folder(tmp_path / "base")
+    trained = noted(base, tmp_path / "adapter")
+    weights = load_file(base / "model.safetensors")
+    with torch.no_grad():
+        for tensor in weights.values():
+            tensor += 1e-3
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    assert "other weights" in refused(trained, base)
+
+
+def test_a_base_in_several_files_is_the_same_base(tmp_path: Path) -> None:
+    base = tiny_models.folder(tmp_path / "base", tied=False)
+    model = load.causal_lm(base, dtype="float32", device="cpu")
+    sharded = shutil.copytree(base, tmp_path / "sharded")
+    (sharded / "model.safetensors").unlink()
+    model.save_pretrained(sharded, max_shard_size="20KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    assert identity.of(sharded) == identity.of(base)
+
+
+def test_a_whole_model_is_refused_beside_another_base_too(tmp_path: Path) -> None:
+    base = tiny_models.folder(tmp_path / "base")
+    other = tiny_models.folder(tmp_path / "other", "qwen3")
+    with pytest.raises(RunnerError, match=r"has the architecture llama, the base model .* qwen3"):
+        adapter.merge(other, base, tmp_path / "merged", dtype="float32")
+
+
+def test_a_note_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
+    base = tiny_models.folder(tmp_path / "base")
+    trained = noted(base, tmp_path / "adapter")
+    (trained / identity.FILE).write_text("{}")
+    with pytest.raises(RunnerError, match=r"base\.json does not say which base model"):
+        adapter.tuned(base, trained, dtype="float32", device="cpu")
+
+
+def test_layers_of_an_adapter_without_a_place_are_refused_where_there_is_no_note(
+    tmp_path: Path,
+) -> None:
+    base = tiny_models.folder(tmp_path / "base")
+    deep = tiny_models.folder(tmp_path / "deep", num_hidden_layers=3)
+    trained = saved_adapter(deep, tmp_path / "adapter")
+    with pytest.raises(RunnerError, match=r"the base model has no layer model\.layers\.2"):
+        adapter.merge(base, trained, tmp_path / "merged", dtype="float32")
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> tuple[Path, Path, dict[str, str]]:
+    """A base model, what was written from it, and the hashes of the tokenizer's files."""
+    base = tiny_models.folder(tmp_path / "base")
+    model = load.causal_lm(base, dtype="float32", device="cpu")
+    adapter.write_model(model, base, tmp_path / "written", dtype="float32")
+    hashes = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in adapter.tokenizer_files(base)
+    }
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= hashes.keys()
+    adapter.check_untouched(base, tmp_path / "written", hashes)
+    return base, tmp_path / "written", hashes
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
+@pytest.mark.parametrize("where", ["base", "written"])
+def test_a_tokenizer_that_is_another_afterwards_is_refused(
+    where: str, name: str, written: tuple[Path, Path, dict[str, str]]
+) -> None:
+    base, output, hashes = written
+    changed = base if where == "base" else output
+    (changed / name).write_text("other")
+    with pytest.raises(RunnerError, match=rf"{where}/{name} is not what .*: sha256 .*… then, .*…"):
+        adapter.check_untouched(base, output, hashes)
+
+
+def test_a_tokenizer_file_that_is_missing_afterwards_is_refused(
+    written: tuple[Path, Path, dict[str, str]],
+) -> None:
+    base, output, hashes = written
+    (output / "tokenizer.json").unlink()
+    with pytest.raises(RunnerError, match=r"tokenizer\.json .* \(no such file\) now"):
+        adapter.check_untouched(base, output, hashes)
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Lfm2Config, MambaConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from runner.model import batches, load, lora, score, sft
+from runner.model import batches, load, lora, recovery, score
 from runner.model.token_files import Row
 from tests import tiny_models
 from tests.tiny_models import Family
@@ -49,9 +49,9 @@ def step(
     """The loss of a step and its gradient as one vector."""
     model.train()
     model.zero_grad()
-    losses = sft._backward(model, rows, sft._Limits(None, pass_tokens, 1.0), EXACT, sizes)
+    parts = recovery.backward(model, rows, recovery.Limits(None, pass_tokens), EXACT, sizes)
     grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    return sum(loss for loss, _ in losses), torch.cat(grads)
+    return sum(part.loss for part in parts), torch.cat(grads)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -385,3 +385,13 @@ def test_locked_takes_either_model_of_a_lockfile_that_git_merged(tmp_path: Path,
     output = json.loads(last.removeprefix("- "))["output"]
     lockfile.write_text("\n".join([*lines, last, last.replace(output, "0" * 64), ""]))
     assert run("apply", recipe, "--locked")[0] == 0
+
+
+def test_a_stage_below_clean_runs_alone(tmp_path: Path) -> None:
+    recipe = make(
+        tmp_path, DATA_RECIPE.replace("  - stage: window", "  - stage: clean\n  - stage: window")
+    )
+    apply(recipe)
+    assert states(recipe, only=("window",)) == dict.fromkeys(states(recipe), "skip")
+    assert states(recipe, start="split", force=("split",))["split"] == "run"
+    apply(recipe, start="split", force=("split",))

@@ -154,7 +154,8 @@ def test_init_writes_a_recipe_that_is_right(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert run("validate", "recipes/mine.yaml", cwd=tmp_path).returncode == 0
     assert (tmp_path / "data" / "mine").is_dir()
-    assert (tmp_path / ".gitignore").read_text() == "*.log\n/artifacts/\n"
+    ignored = (tmp_path / ".gitignore").read_text().splitlines()
+    assert ignored == ["*.log", "/artifacts/", "/train_dataset.jsonl", "/eval_dataset.jsonl"]
     again = run("init", "mine", cwd=tmp_path)
     assert again.returncode == 2
     assert "is there already" in again.stderr

@@ -252,7 +252,7 @@ def test_what_is_damaged_here_is_not_uploaded(
     (tmp_path / "first" / "runner.yaml").unlink()
     apply(recipe)
     made = tmp_path / "first" / "artifacts" / "small" / "window" / "chains.jsonl"
-    made.write_bytes(made.read_bytes() + b"\n")
+    made.write_bytes(b"[" + made.read_bytes()[1:])
     (tmp_path / "first" / "runner.yaml").write_text(f"remote: {tmp_path / 'remote'}\n")
     assert cli.main(["push", str(recipe)]) == 3
     assert not object_of(recipe, "window").exists()
@@ -371,3 +371,24 @@ def test_what_is_new_in_one_workspace_is_uploaded_as_it_is_made(tmp_path: Path) 
     after = files_below(tmp_path / "remote")
     assert before.items() < after.items()
     assert len([name for name in after if name.startswith("facts/")]) == 6
+
+
+def test_a_damaged_copy_at_the_remote_is_replaced_by_what_is_made_anew(tmp_path: Path) -> None:
+    recipe = shared(tmp_path / "first")
+    apply(recipe)
+    good = object_of(recipe, "window") / "chains.jsonl"
+    data = good.read_bytes()
+    good.write_bytes(data + b"junk")
+    shutil.rmtree(tmp_path / "first" / "artifacts")
+    assert any("it is made anew" in text for text in warnings(logged(recipe)))
+    assert good.read_bytes() == data
+
+
+def test_push_replaces_a_copy_whose_size_is_wrong(tmp_path: Path) -> None:
+    recipe = shared(tmp_path / "first")
+    apply(recipe)
+    good = object_of(recipe, "window") / "chains.jsonl"
+    data = good.read_bytes()
+    good.write_bytes(data[:-5])
+    assert cli.main(["push", str(recipe)]) == 0
+    assert good.read_bytes() == data

@@ -76,7 +76,8 @@ def test_what_init_writes_works_where_there_is_no_git(tmp_path: Path) -> None:
 def test_init_adds_a_whole_line_and_keeps_the_others(tmp_path: Path) -> None:
     (tmp_path / ".gitignore").write_bytes(b"build/artifacts/\r\n")
     run("init", "mine", cwd=tmp_path)
-    assert (tmp_path / ".gitignore").read_bytes() == b"build/artifacts/\r\n/artifacts/\n"
+    lines = (tmp_path / ".gitignore").read_bytes().split(b"\n")
+    assert lines[:2] == [b"build/artifacts/\r", b"/artifacts/"]
 
 
 def test_a_reader_that_leaves_does_not_stop_an_apply(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_one_new_file_opens_one_file(tmp_path: Path) -> None:
     log: list[dict[str, Any]] = []
     apply(recipe, log.append)
     assert metrics(log)["files"] == 7
-    assert metrics(log)["read"] == 1
+    assert metrics(log)["files_read"] == 1
 
 
 def test_a_file_that_was_renamed_is_read_again_because_records_name_it(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_another_setting_takes_nothing_over(tmp_path: Path) -> None:
     recipe.write_text(RECIPE + "    format: sender\n")
     log: list[dict[str, Any]] = []
     apply(recipe, log.append)
-    assert metrics(log)["read"] == 6
+    assert metrics(log)["files_read"] == 6
 
 
 def test_a_damaged_earlier_output_is_not_taken_over(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_damaged_earlier_output_is_not_taken_over(tmp_path: Path) -> None:
     chat(tmp_path / "chats" / "new.json", "new", "reply")
     log: list[dict[str, Any]] = []
     apply(recipe, log.append)
-    assert metrics(log)["read"] == 7
+    assert metrics(log)["files_read"] == 7
     assert "chat X" not in (output(tmp_path) / "conversations.jsonl").read_text()
 
 
@@ -100,7 +100,7 @@ def test_without_its_cache_it_reads_everything_again(tmp_path: Path, damage: str
     chat(tmp_path / "chats" / "new.json", "new", "reply")
     log: list[dict[str, Any]] = []
     apply(recipe, log.append)
-    assert metrics(log)["read"] == 7
+    assert metrics(log)["files_read"] == 7
 
 
 Change = tuple[str, int, int]

@@ -3,8 +3,12 @@ from pathlib import Path
 
 import pytest
 
+from runner import cli
 from runner.engine import opened, recipe
+from runner.engine.plan import EVERYTHING
 from runner.errors import RecipeError
+from runner.ui import plan as plans
+from runner.ui import status
 from tests.workspaces import DATA_RECIPE, apply, make, planned, states
 
 
@@ -85,3 +89,36 @@ def test_the_workspace_may_be_named_with_dots_in_it(tmp_path: Path) -> None:
     apply(path)
     with opened.at(path, path.parent / "..") as current:
         assert {step.state for step in current.plan()} == {"skip"}
+
+
+def test_without_any_marker_paths_start_above_the_folder_recipes(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    (tmp_path / "pyproject.toml").unlink()
+    apply(path)
+    assert (tmp_path / "artifacts" / "small" / "split").is_dir()
+    assert not (tmp_path / "recipes" / "artifacts").exists()
+
+
+def test_results_of_other_settings_are_said_to_be_such(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    apply(path)
+    apply(path, overrides=["split.eval_fraction=0.4"])
+    with opened.at(path) as current:
+        record = status.record(current)
+        assert [stage["is_current"] for stage in record["stages"]] == [True, True, False]
+        assert "made with other settings" in status.text(record)
+        assert "change to what is known of split" in plans.text(plans.shown(current, EVERYTHING))
+    assert cli.main(["plan", str(path), "--check"]) == 5
+    said: list[str] = []
+    apply(path, lambda event: said.append(event["event"]))
+    assert said == ["switched"]
+    assert cli.main(["plan", str(path), "--check"]) == 0
+
+
+def test_a_file_that_is_missing_in_the_store_is_noticed_by_the_sizes(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    apply(path)
+    (tmp_path / "artifacts" / "small" / "split" / "chains.jsonl").unlink()
+    assert states(path)["split"] == "run"
+    apply(path)
+    assert (tmp_path / "artifacts" / "small" / "split" / "chains.jsonl").exists()

@@ -177,7 +177,7 @@ def test_an_upload_that_was_killed_is_not_held_and_a_later_one_completes_it(
     output, folder = artifact(tmp_path / "made")
     whole = remote.opened(url, tmp_path)
     path = whole._object(output) + "/conversations.jsonl"
-    whole._upload_file(path, folder / "conversations.jsonl", 5)
+    whole._upload_file(path, folder / "conversations.jsonl", 5, anew=False)
 
     shared = remote.opened(url, tmp_path)
     assert not shared.holds(output)

@@ -18,7 +18,18 @@ from safetensors.torch import load_file
 
 from runner import disk
 from runner.errors import InterruptedRun, PreconditionError, RunnerError
-from runner.model import batches, checkpoint, load, lora, packing, score, sft, token_files
+from runner.model import (
+    batches,
+    checkpoint,
+    load,
+    lora,
+    optimizers,
+    packing,
+    recovery,
+    score,
+    token_files,
+    verdicts,
+)
 from tests import tiny_models
 from tests.tiny_models import Family
 
@@ -66,8 +77,7 @@ def gradient(model: Any, rows: list[token_files.Row], micro_batch_size: int | No
     """All gradients of a step as one vector."""
     model.train()
     model.zero_grad()
-    limits = sft._Limits(micro_batch_size, 2048, 1.0)
-    sft._backward(model, rows, limits, EXACT)
+    recovery.backward(model, rows, recovery.Limits(micro_batch_size, 2048), EXACT)
     grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     return torch.cat(grads)
 
@@ -225,12 +235,13 @@ def test_micro_batches_sort_by_length_and_stay_in_the_budget() -> None:
         ("cosine", [0.5, 1, 1, 0.8536, 0.5, 0.1464]),
         ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]),
         ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("wsd", [0.5, 1, 1, 1, 1, 0.5]),
     ],
 )
 def test_the_rate_rises_in_the_warmup_and_falls_by_the_schedule(
-    schedule: sft.Schedule, factors: list[float]
+    schedule: optimizers.Schedule, factors: list[float]
 ) -> None:
-    found = [sft.rate_factor(step, 6, 0.3, schedule) for step in range(6)]
+    found = [optimizers.rate_factor(step, 6, 0.3, schedule) for step in range(6)]
     assert found == pytest.approx(factors, abs=1e-4)
 
 
@@ -421,7 +432,7 @@ def test_without_eval_rows_the_last_checkpoint_is_written(base: Path, tmp_path: 
     found = tiny_models.trained(base, files, tmp_path, events=events)
     assert found["kept_step"] == found["steps"] == 4
     assert "eval_loss" not in found
-    assert not [e for e in events if e["event"] == "verdict"]
+    assert [e["text"] for e in events if e["event"] == "verdict"] == [*verdicts.before(8)]
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_conversation(base: Path, tmp_path: Path) -> None:
@@ -648,7 +659,7 @@ def test_overfitting_is_said_in_words() -> None:
     curve: list[dict[str, float]] = [{"step": 0, "eval_loss": 3.0}]
     for step, (loss, eval_loss) in enumerate([(2.5, 2.4), (2.0, 2.2), (1.0, 2.6)], start=1):
         curve += [{"step": step, "loss": loss}, {"step": step, "eval_loss": eval_loss}]
-    assert sft.verdict(curve, 2) == (
+    assert verdicts.of_eval_loss(curve, 2) == (
         "overfitting: eval loss rose from 2.200 (step 2) to 2.600 (step 3) while training loss "
         "fell from 2.250 to 1.000; step 2 was kept; fewer epochs or more data would help"
     )

@@ -17,7 +17,8 @@ from runner.engine.workspace import Workspace
 from runner.ui import status
 from tests.workspaces import DATA_RECIPE, apply, chat, make, planned
 
-STAGE = {"stage", "state", "causes", "output", "path", "bytes", "made_at", "seconds", "metrics"}
+STAGE = {"stage", "state", "is_current", "causes", "output"}
+STAGE |= {"path", "bytes", "made_at", "seconds", "metrics"}
 KINDS = {
     "current results",
     "earlier results",

@@ -100,7 +100,8 @@ def test_the_json_has_one_record_for_each_stage(recipe: Path) -> None:
 def test_of_what_never_ran_there_is_nothing_to_check(tmp_path: Path) -> None:
     recipe = make(tmp_path)
     done = run("verify", recipe)
-    assert done.returncode == 0
+    assert done.returncode == 3
+    assert "the lockfile names no output yet" in done.stderr
     assert done.stdout.splitlines()[0] == "ingest: the lockfile says nothing of it yet"
     assert found_states(recipe) == ["nothing"] * 3
 
@@ -131,8 +132,8 @@ def test_damage_is_found(recipe: Path, harm: Callable[[Path], None], quick: tupl
     assert done.returncode == 1
     assert f"window: its output is damaged: {path}" in done.stdout.splitlines()
     assert done.stderr == (
-        "runner: window: not what the lockfile says\n"
-        "  `runner apply --paranoid` makes again what can be made again\n"
+        "runner: window: not there, or not what the lockfile says\n"
+        f"  `runner apply {recipe} --paranoid` makes again what can be made again\n"
     )
     assert run("apply", recipe, "--paranoid").returncode == 0
     assert run("verify", recipe).returncode == 0

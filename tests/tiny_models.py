@@ -9,14 +9,14 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import Gemma3TextConfig, LlamaConfig, Qwen3Config
+from transformers import Gemma3nTextConfig, Gemma3TextConfig, LlamaConfig, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from runner.model import sft
 from runner.model.token_files import SCHEMA, Row
 from tests import chat_tokenizers
 
-Family = Literal["llama", "qwen3", "gemma3"]
+Family = Literal["llama", "qwen3", "gemma3", "smollm2", "gemma3n"]
 
 _SHAPE: dict[str, Any] = {
     "hidden_size": 32,
@@ -44,8 +44,27 @@ def folder(path: Path, family: Family = "llama", *, tied: bool = True, **shape: 
     config: Any
     if family == "llama":
         config = LlamaConfig(**settings)
+    elif family == "smollm2":
+        # As SmolLM2-135M: tied, three queries for each key, heads that are a third of the width.
+        few = {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 1}
+        rope = {"rope_type": "default", "rope_theta": 100_000.0}
+        config = LlamaConfig(**{**settings, **few, **shape}, rope_parameters=rope)
     elif family == "qwen3":
         config = Qwen3Config(**settings)
+    elif family == "gemma3n":
+        # Of all that is special in it a little: layers of both kinds, some that share keys and
+        # values, one with sparse activations.
+        layers = 4
+        config = Gemma3nTextConfig(
+            **{**settings, "num_hidden_layers": layers, **shape},
+            vocab_size_per_layer_input=settings["vocab_size"],
+            hidden_size_per_layer_input=8,
+            num_kv_shared_layers=layers // 2,
+            laurel_rank=4,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"] * (layers // 2),
+            activation_sparsity_pattern=[0.95, *[0.0] * (layers - 1)],
+        )
     else:
         # A window shorter than the rows, and soft-capped logits.
         config = Gemma3TextConfig(
@@ -102,15 +121,23 @@ def trained(base: Path, files: Path, work: Path, **settings: Any) -> dict[str, A
         "learning_rate": 1e-2,
         "schedule": "cosine",
         "warmup_fraction": 0.1,
+        "decay_fraction": 0.2,
+        "optimizer": "adamw",
         "batch_size": 4,
         "micro_batch_size": "auto",
+        "gradient_checkpointing": "auto",
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "precision": "float32",
+        "neftune_alpha": 0.0,
         "rank": 4,
         "alpha": 8,
         "dropout": 0.0,
         "target_modules": "all-linear",
+        "modules_to_save": (),
+        "rslora": False,
+        "dora": False,
+        "early_stopping": None,
         "every_steps": 2,
         "keep_best": 2,
         "seed": 1,

@@ -36,28 +36,30 @@ def _others(current: Opened) -> list[Path]:
 
 def is_settled(current: Opened, planned: tuple[Planned, ...]) -> bool:
     """Whether lockfile and links say what is known."""
+    return not _others(current) and not unsettled(current, planned)
+
+
+def unsettled(current: Opened, planned: tuple[Planned, ...]) -> list[str]:
+    """The stages whose known output is not the one that the lockfile and the links name."""
     locked = lock.read(current.lock_path)
-    if _others(current):
-        return False
-    for step in planned:
-        if step.is_left_out:
+    found = []
+    for one in planned:
+        if one.is_left_out or one.output is None or one.parts is None:
             continue
-        target = store.path_of(current.workspace, step.output or "")
-        if not disk.points(current.links / step.step.name, target):
-            return False
-    wanted = tuple(
-        lock.Fact(p.step.name, p.output, p.parts)
-        for p in planned
-        if p.output and p.parts and not p.is_left_out
-    )
-    left_out = {step.step.name for step in planned if step.is_left_out}
-    return wanted == tuple(fact for fact in locked.facts if fact.stage not in left_out)
+        fact = lock.Fact(one.step.name, one.output, one.parts)
+        said = [known for known in locked.facts if known.stage == one.step.name]
+        target = store.path_of(current.workspace, one.output)
+        if said != [fact] or not disk.points(current.links / one.step.name, target):
+            found.append(one.step.name)
+    names = {step.name for step in current.compiled.steps}
+    return found + sorted({fact.stage for fact in locked.facts} - names)
 
 
-def keep_elsewhere(current: Opened, planned: Planned) -> None:
+def keep_elsewhere(current: Opened, planned: Planned, *, thorough: bool = False) -> None:
     """Copies an output to the remote cache, where there is one that lacks it."""
     if not current.elsewhere.is_there or planned.parts is None or planned.output is None:
         return
     made = facts.of_output(current.workspace, key.of(planned.parts), planned.output)
     if made is not None and not planned.is_left_out:
-        current.elsewhere.keep(made, store.path_of(current.workspace, planned.output))
+        folder = store.path_of(current.workspace, planned.output)
+        current.elsewhere.keep(made, folder, thorough=thorough)

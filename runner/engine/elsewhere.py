@@ -77,16 +77,24 @@ class Elsewhere:
             self.warn(f"{error.message}; it is made anew")
             return False
 
-    def keep(self, made: Made, folder: Path) -> None:
-        """Copies an artifact there, and then the fact; nothing where that is there already."""
+    def keep(self, made: Made, folder: Path, *, thorough: bool = False) -> None:
+        """Copies an artifact there, and then the fact; nothing where that is there already.
+
+        A copy that was found damaged is replaced; `thorough` looks for one whose sizes are wrong.
+        """
         if self._remote is None or self._left_alone:
             return
         from runner.engine.remote import DamagedRemote
 
         def upload(remote: Remote) -> None:
-            if made.output not in remote.facts(made.key):
-                remote.upload(made.output, folder)
+            known = made.output in remote.facts(made.key)
+            anew = made.output in self._refused or (
+                thorough and remote.holds(made.output) and not remote.is_complete(made.output)
+            )
+            if anew or not known:
+                remote.upload(made.output, folder, anew=anew)
                 remote.publish(made.key, made.output, facts.as_json(made))
+                self._refused.discard(made.output)
 
         try:
             self._asked(upload, None)

@@ -7,6 +7,7 @@ Every event has `event` and `time` (seconds since 1970); those of a stage have `
     stage_finished    output, seconds, and the stage's metrics
     stage_skipped     output
     stage_restored    output, bytes, origin
+    switched          stages: what is known of them takes its place in the lockfile and the links
     progress          done, total, unit
     metrics           step, steps, loss, eval_loss, learning_rate, grad_norm, tokens_per_second, …
     checkpoint        step, path, bytes, eval_loss
@@ -40,6 +41,7 @@ METRIC_COLUMNS = (
     "grad_norm",
     "tokens",
     "tokens_per_second",
+    "trained_tokens_per_second",
     "memory_bytes",
 )
 

@@ -40,6 +40,7 @@ def apply(
             _refuse(planned)
         store.register(current.workspace)
         if all(step.state == "skip" for step in planned):
+            listen({"event": "switched", "stages": commit.unsettled(current, planned)})
             for step in planned:
                 commit.output(current, step)
             commit.drop_links(current)
@@ -70,7 +71,7 @@ def push(current: Opened) -> list[Planned]:
     there = []
     for planned in current.plan():
         if planned.state == "skip":
-            commit.keep_elsewhere(current, planned)
+            commit.keep_elsewhere(current, planned, thorough=True)
             if not current.elsewhere.is_there:
                 raise PreconditionError("the remote cache could not be written", hint="try again")
             if planned.output and current.elsewhere.holds(planned.output):

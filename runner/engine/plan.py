@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from runner import disk
 from runner.engine import environment, facts, key, lock, log, look, store
 from runner.engine.elsewhere import Elsewhere
 from runner.engine.facts import Made
@@ -224,7 +225,7 @@ def _decided(
         foreseen = outputs[0] if outputs and step.rebuilds else None
         return Planned(step, "run", (*changed, Cause("forced", "--force")), parts, foreseen)
     for output in outputs:
-        if _is_here(output, world):
+        if _is_here(stage_key, output, world):
             return Planned(step, "skip", (), parts, output)
         if world.elsewhere.holds(output):
             return _fetched(step, parts, output, world)
@@ -245,8 +246,11 @@ def _is_known_with_inputs_as_before(
     if not unknown.keys() <= read.keys():
         return False
     inputs = {**parts.get("inputs", {}), **{kind: read[kind] for kind in unknown}}
-    outputs = known_outputs(key.of({**parts, "inputs": inputs}), world)
-    return any(_is_here(output, world) or world.elsewhere.holds(output) for output in outputs)
+    stage_key = key.of({**parts, "inputs": inputs})
+    return any(
+        _is_here(stage_key, output, world) or world.elsewhere.holds(output)
+        for output in known_outputs(stage_key, world)
+    )
 
 
 def known_outputs(stage_key: str, world: World) -> list[str]:
@@ -329,7 +333,7 @@ def _left_out(step: Step, world: World) -> Planned:
     cause = Cause("left out", "it stays as it was made last")
     if fact is None:
         return Planned(step, "skip", (cause,))
-    here = _is_here(fact.output, world)
+    here = _is_here(fact.key, fact.output, world)
     is_read = world.chosen is not None and step.name in world.chosen.read
     if is_read and not here and world.elsewhere.holds(fact.output):
         return Planned(step, "restore", (cause,), fact.parts, fact.output)
@@ -353,6 +357,8 @@ def _missing(step: Step, above: Mapping[str, Planned], world: World) -> Precondi
         made_from = (above[name].parts or {}).get("inputs", {}) if above[name].is_left_out else {}
         for other, output in made_from.items():
             beside = step.inputs.get(other)
+            if beside != above[name].step.inputs.get(other):
+                continue  # another stage of that kind: what clean was made of is no clean one
             if beside and above[beside].output not in (None, output):
                 return PreconditionError(
                     f"{step.name} reads {beside} and {name}, but {name} was made from an earlier"
@@ -403,9 +409,12 @@ def damaged(stage: str, path: Path) -> PreconditionError:
     )
 
 
-def _is_here(output: str, world: World) -> bool:
-    check = store.is_whole if world.choice.paranoid else store.holds
-    return check(world.workspace, output)
+def _is_here(stage_key: str, output: str, world: World) -> bool:
+    """Whether the output is in the store, and as large as it was; `--paranoid` reads all of it."""
+    if world.choice.paranoid or not store.holds(world.workspace, output):
+        return world.choice.paranoid and store.is_whole(world.workspace, output)
+    made = facts.of_output(world.workspace, stage_key, output)
+    return made is None or disk.size(store.path_of(world.workspace, output)) == made.bytes
 
 
 def _setting(settings: Mapping[str, Any], name: str) -> str:

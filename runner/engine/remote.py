@@ -208,9 +208,20 @@ class Remote:
                     raise full from error
                 raise
 
-    def upload(self, output: str, folder: Path) -> None:
-        """Brings the artifact to the remote, its manifest last; what is there already stays."""
-        if self.holds(output):
+    def is_complete(self, output: str) -> bool:
+        """Whether every file of the artifact is there with its size."""
+        try:
+            files = self._files_of(output)
+        except DamagedRemote:
+            return False
+        return all(self._size(f"{self._object(output)}/{one.path}") == one.bytes for one in files)
+
+    def upload(self, output: str, folder: Path, *, anew: bool = False) -> None:
+        """Brings the artifact to the remote, its manifest last.
+
+        What is there already stays, but `anew` for an artifact that is known to be damaged there.
+        """
+        if self.holds(output) and not anew:
             return
         files = _described(folder)
         if keys.of_files((file.path, file.sha256) for file in files) != output:
@@ -222,7 +233,8 @@ class Remote:
             if why := _refused(file.path):
                 raise PreconditionError(f"{folder}/{shown(file.path)} cannot be uploaded: {why}")
         for file in files:
-            self._upload_file(f"{self._object(output)}/{file.path}", folder / file.path, file.bytes)
+            path = f"{self._object(output)}/{file.path}"
+            self._upload_file(path, folder / file.path, file.bytes, anew=anew)
         self._write(self._manifest(output), _manifest_of(files))
 
     def publish(self, key: str, output: str, fact: bytes) -> None:
@@ -336,14 +348,14 @@ class Remote:
 
     # Writing
 
-    def _upload_file(self, path: str, file: Path, size: int) -> None:
-        there = self._size(path)
+    def _upload_file(self, path: str, file: Path, size: int, *, anew: bool) -> None:
+        there = None if anew else self._size(path)
         if there == size:
             return  # brought by an upload that did not finish; files appear whole
         if there is not None:
             raise DamagedRemote(
                 f"remote {self.name} has {there:,} bytes instead of {size:,} at {escaped(path)}",
-                hint="delete that file at the remote: the runner never overwrites what is there",
+                hint="`runner push` brings the artifact again",
             )
         options: dict[str, Any] = {}
         if self._protocol in (_S3, _GS):
@@ -374,6 +386,8 @@ class Remote:
                 Path(beside).replace(path)
                 disk.sync_folder(Path(parent))
             else:
+                if self._files.exists(path):
+                    self._files.rm(path)  # a server's rename does not replace
                 self._files.mv(beside, path)
         except Exception as error:
             with suppress(Exception):

@@ -44,6 +44,7 @@ class Reports:
         self._log: TextIO | None = None
         self._curves: dict[str, BinaryIO] = {}
         self._trainings: set[str] = set()
+        self._waiting: dict[str, list[str]] = {}  # of stages that may prove to be trainings
         self._broken = False
 
     def __call__(self, event: Event) -> None:
@@ -66,11 +67,13 @@ class Reports:
         stage = event.get("stage", "")
         if event["event"] == "metrics":
             self._trainings.add(stage)
-        if stage in self._trainings and (line := line_of(event)):
+        if stage and (line := line_of(event)):
+            self._waiting.setdefault(stage, []).append(f"{_clock(event)}  {stage}  {line}\n")
+        if stage in self._trainings and (lines := self._waiting.pop(stage, [])):
             if self._log is None:
                 path = self._folder / "training.log"
                 self._log = path.open("a", encoding="utf-8", newline="\n")
-            self._log.write(f"{_clock(event)}  {stage}  {line}\n")
+            self._log.writelines(lines)
             self._log.flush()
         if event["event"] == "metrics" and stage in self._wanted:
             if stage not in self._curves:
@@ -132,7 +135,7 @@ def opening(at: float) -> bytes:
 
 
 def scalars(event: Event) -> bytes:
-    """The event's numbers: `wall_time` = 1, `step` = 2, `summary` = 5 of tags (1) and floats (2)."""
+    """The event's numbers: `wall_time` = 1, `step` = 2, `summary` = 5 of tags and floats."""
     summary = b""
     for name in CURVES:
         if name in event:

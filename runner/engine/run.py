@@ -26,6 +26,7 @@ from runner.engine import (
     lock,
     log,
     plan,
+    reports,
     store,
     worker,
 )
@@ -48,7 +49,8 @@ def run(
     """Carries out a plan; raises what ended it."""
     started = time.strftime("%Y%m%d-%H%M%S")
     folder = current.workspace.runs / f"{started}-{os.getpid()}-{current.compiled.name}"
-    with events.Log(folder / "events.jsonl", listen) as log:
+    reported = reports.Reports(folder, current.compiled.steps)
+    with events.Log(folder / "events.jsonl", listen, reported) as log:
         names = [step.name for step in current.compiled.steps]
         log.add({"event": "run_started", "recipe": current.compiled.name, "stages": names})
         current.elsewhere.warn = lambda text: log.add({"event": "warning", "text": text})

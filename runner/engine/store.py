@@ -153,6 +153,8 @@ def forget(workspace: Workspace, root: Path) -> None:
             f"no workspace {root} uses the store {workspace.store}",
             hint=f"the files in {own.parent} name those that do",
         )
+    if (root / "artifacts").is_dir():
+        raise RecipeError(f"{root} is still there", hint="--forget is for a workspace that is gone")
     own.unlink()
 
 

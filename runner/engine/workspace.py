@@ -61,12 +61,14 @@ def at(root: Path) -> Workspace:
 
 
 def around(recipe: Path) -> Workspace:
-    """The nearest folder at or above the recipe's that holds a marker, else the recipe's own."""
+    """The nearest folder at or above the recipe's that holds a marker; else the one that holds the
+    folder `recipes/`, else the recipe's own."""
     folder = Path(os.path.abspath(recipe)).parent  # noqa: PTH100
     for candidate in (folder, *folder.parents):
         if any((candidate / marker).exists() for marker in MARKERS):
             return at(candidate)
-    return at(folder)
+    above = (one.parent for one in (folder, *folder.parents) if one.name == "recipes")
+    return at(next(above, folder))
 
 
 def matching(root: Path, pattern: str) -> list[str]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
@@ -17,18 +20,25 @@ from transformers.utils import logging as transformers_logging
 
 from runner import disk
 from runner.errors import RunnerError
-from runner.model import load, lora
+from runner.model import identity, load, lora
 from runner.model.load import Dtype
 
-_WEIGHTS_AND_CONFIG = re.compile(r".*\.(safetensors|safetensors\.index\.json)|config\.json")
+_NOT_COPIED = re.compile(
+    rf".*\.(safetensors|safetensors\.index\.json)|config\.json|{re.escape(identity.FILE)}"
+)
+_LAYER_OF_ADAPTER = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
 _COPIED = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "additional_chat_templates/*")
 
 
 def tuned(base: Path, model: Path, *, dtype: Dtype, device: str) -> tuple[nn.Module, bool]:
-    """The trained model, and whether it is an adapter: then `disable_adapter()` gives the base."""
+    """The trained model, and whether it is an adapter: then `disable_adapter()` gives the base.
+
+    Raises where it was trained on another base model.
+    """
+    identity.check(base, model)
     if not is_adapter(model):
         return load.causal_lm(model, dtype=dtype, device=device), False
-    return lora.opened(load.causal_lm(base, dtype=dtype, device=device), model), True
+    return _opened(load.causal_lm(base, dtype=dtype, device=device), model), True
 
 
 def merge(base: Path, model: Path, output: Path, *, dtype: Dtype) -> None:
@@ -37,9 +47,10 @@ def merge(base: Path, model: Path, output: Path, *, dtype: Dtype) -> None:
     The base is not quantised, whatever it was trained on. Each layer is added up in float32 and
     then rounded to `dtype`, once; no more than the model and one layer is in memory.
     """
+    identity.check(base, model)
     check_vocabulary(base, model)
     if is_adapter(model):
-        adapted = lora.opened(load.causal_lm(base, dtype=stored_dtype(base), device="cpu"), model)
+        adapted = _opened(load.causal_lm(base, dtype=stored_dtype(base), device="cpu"), model)
         lora.merge(adapted, getattr(torch, dtype))
         whole = lora.inner(adapted)
     else:
@@ -72,6 +83,8 @@ def check_vocabulary(base: Path, model: Path) -> None:
             hint="take the tokenizer files that came with the model",
         )
     trained = _trained_vocabulary(model) if is_adapter(model) else _vocabulary(model)
+    if not is_adapter(model) and (said := _other_shape(base, model)):
+        raise RunnerError(said, hint="export with the base model that it was trained on")
     if trained not in (None, rows):
         raise RunnerError(
             f"{model} was trained on {trained} tokens, the base model {base} has {rows}",
@@ -82,10 +95,12 @@ def check_vocabulary(base: Path, model: Path) -> None:
 def write_model(model: PreTrainedModel, base: Path, output: Path, *, dtype: Dtype) -> None:
     """Writes the model, rounded to `dtype` in place, with the base's tokenizer files as they are.
 
-    The bytes of tokenizer, chat template and generation settings are the base's.
+    The bytes of tokenizer, chat template and generation settings are the base's: it raises where
+    one of them is another afterwards.
     """
     output.mkdir(parents=True, exist_ok=True)
     copied = tokenizer_files(base)
+    before = _digests(base, copied)
     whole = model.to(getattr(torch, dtype))  # type: ignore[arg-type, unused-ignore]
     whole.config.dtype = dtype
     # What the base says about generation is copied; what was loaded may not pass its own check.
@@ -101,12 +116,77 @@ def write_model(model: PreTrainedModel, base: Path, output: Path, *, dtype: Dtyp
         target = output / path.relative_to(base)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
+    check_untouched(base, output, before)
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """All that a model's folder holds beside weights and config."""
+    """All that a model's folder holds beside weights, config and what it was trained on."""
     found = {path for pattern in _COPIED for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path for path in found if not _WEIGHTS_AND_CONFIG.fullmatch(path.name))
+    return sorted(path for path in found if not _NOT_COPIED.fullmatch(path.name))
+
+
+def check_untouched(base: Path, output: Path, before: Mapping[str, str]) -> None:
+    """Raises where a tokenizer's file in `base` or `output` has not the hash that it had before.
+
+    `before` is the SHA-256 of each by its name. A pretrained tokenizer is never changed.
+    """
+    for folder in (base, output):
+        now = _digests(folder, tokenizer_files(folder))
+        expected = before if folder == output else before.keys() | now.keys()
+        for name in sorted(expected):
+            if before.get(name) != now.get(name):
+                raise RunnerError(
+                    f"{folder / name} is not what {base / name} was before the model was written: "
+                    f"sha256 {_short(before.get(name))} then, {_short(now.get(name))} now",
+                    hint="a tokenizer leaves as it came; let nothing write to the base model's "
+                    "folder, and run again",
+                )
+
+
+def _short(digest: str | None) -> str:
+    return f"{digest[:12]}…" if digest else "(no such file)"
+
+
+def _digests(folder: Path, paths: list[Path]) -> dict[str, str]:
+    found = {}
+    for path in paths:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found[path.relative_to(folder).as_posix()] = digest
+    return found
+
+
+def _opened(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """The model with the adapter of a folder; raises where layers of it have no place.
+
+    PEFT leaves out in silence what belongs to a layer that the model does not have.
+    """
+    layers = dict(model.named_modules())
+    with safe_open(folder / lora.WEIGHTS_FILE, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (not a mapping)
+            found = _LAYER_OF_ADAPTER.fullmatch(name)
+            if not found:
+                continue
+            layer = layers.get(found["layer"])
+            if layer is None:
+                raise _does_not_fit(folder, f"the base model has no layer {found['layer']}")
+            features = getattr(layer, "in_features" if found["side"] == "A" else "out_features", 0)
+            shape = file.get_slice(name).get_shape()
+            width = shape[1] if found["side"] == "A" else shape[0]
+            if features and width != features:
+                what = "takes" if found["side"] == "A" else "gives"
+                raise _does_not_fit(
+                    folder,
+                    f"{found['layer']} {what} {width} numbers there, {features} in the base model",
+                )
+    return lora.opened(model, folder)
+
+
+def _does_not_fit(folder: Path, why: str) -> RunnerError:
+    return RunnerError(
+        f"the adapter {folder} does not fit the base model: {why}",
+        hint="an adapter fits only the base model that it was trained on",
+    )
 
 
 @contextmanager
@@ -119,6 +199,23 @@ def _no_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _other_shape(base: Path, model: Path) -> str:
+    """In which of the numbers of its config a whole model differs from the base, in words."""
+    ours, theirs = (_text_config(folder) for folder in (model, base))
+    for key, words in (("model_type", "architecture"), ("hidden_size", "hidden size")):
+        if ours.get(key) != theirs.get(key):
+            return (
+                f"{model} has the {words} {ours.get(key)}, the base model {base} has "
+                f"{theirs.get(key)}"
+            )
+    return ""
+
+
+def _text_config(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return {**config, **(config.get("text_config") or {})}
 
 
 def _vocabulary(folder: Path) -> int:

@@ -15,17 +15,20 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from runner import disk
-from runner.errors import RunnerError
+from runner.errors import PreconditionError, RunnerError
+
+Emit = Callable[[dict[str, Any]], None]
+Result = TypeVar("Result")
 
 RESUMABLE = 2
 """How many of the newest checkpoints hold optimizer state: one, and one to fall back to."""
@@ -117,6 +120,61 @@ def state_of(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]
     return load_file(folder / "state.safetensors"), state
 
 
+def latest(
+    scratch: Path, training: str, emit: Emit
+) -> tuple[list[Checkpoint], tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]] | None]:
+    """The checkpoints up to the newest that can be gone on from, and what is in that one.
+
+    That is its weights, its state as tensors, and the rest of its state, whose `training` has to
+    be the one that is asked for. Damaged checkpoints are removed, with a warning.
+    """
+    clear_staged(scratch)
+    whole, damaged = published(scratch)
+    for path in damaged:
+        _give_up(path, emit)
+    while whole:
+        newest = whole[-1]
+        if can_resume(newest):
+            try:
+                tensors, state = state_of(newest)
+                if state["training"] != training:
+                    raise RunnerError(
+                        f"{scratch} holds checkpoints of a training with other settings or data",
+                        hint="restore them, or delete the folder to start anew",
+                    )
+                return whole, (weights_of(newest), tensors, state)
+            except DamagedCheckpoint:
+                _give_up(newest.path, emit)
+        else:
+            remove(newest.path)
+        whole.pop()
+    return [], None
+
+
+def in_the_room_there_is(
+    write: Callable[[], Result], saved: list[Checkpoint], emit: Emit
+) -> tuple[Result, list[Checkpoint]]:
+    """What `write` gives, and the checkpoints that are still there.
+
+    Where the disk is too full, all checkpoints go that may, and `write` gets a second chance.
+    """
+    try:
+        return write(), saved
+    except PreconditionError as error:
+        before = _bytes_of(saved)
+        saved = thinned(saved)
+        freed = before - _bytes_of(saved)
+        if not freed:
+            raise _stopped(error, saved) from error
+    kept = " and ".join(one.path.name for one in saved)
+    text = f"the disk is full: {freed / 1e6:,.1f} MB of old checkpoints went; kept: {kept}"
+    emit({"event": "warning", "text": text})
+    try:
+        return write(), saved
+    except PreconditionError as error:
+        raise _stopped(error, saved) from error
+
+
 def best(checkpoints: list[Checkpoint]) -> Checkpoint:
     """The one with the lowest eval loss, the earliest of equals; the last where none has one."""
     measured = [one for one in checkpoints if one.eval_loss is not None]
@@ -148,6 +206,24 @@ def remove(path: Path) -> None:
         beside = path.parent.parent / f".{path.parent.name}.{path.name}.tmp"
     path.rename(beside)
     shutil.rmtree(beside)
+
+
+def _give_up(path: Path, emit: Emit) -> None:
+    text = f"the checkpoint {path.name} is damaged; training goes on from the one before"
+    emit({"event": "warning", "text": text})
+    remove(path)
+
+
+def _stopped(error: PreconditionError, saved: Sequence[Checkpoint]) -> PreconditionError:
+    start = f"after step {saved[-1].step}" if saved else "from the start"
+    return PreconditionError(
+        error.message,
+        hint=f"free some space and run the same command again; the training goes on {start}",
+    )
+
+
+def _bytes_of(saved: Sequence[Checkpoint]) -> int:
+    return sum(disk.size(one.path) for one in saved)
 
 
 def _seal(folder: Path, facts: dict[str, Any]) -> None:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from runner.errors import RunnerError
 from runner.model import adapter as adapters
-from runner.model import gguf, ollama
+from runner.model import gguf, gguf_header, load, ollama
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -52,6 +53,7 @@ def write(
             step("GGUF")
             unquantised = Path(folder) / "unquantised.gguf"
             gguf.convert(whole, unquantised, gguf.stored_dtype(whole), name=name)
+            check_gguf(base, unquantised)
             for level in levels:
                 step(level)
                 target = output / f"{name}-{level}.gguf"
@@ -61,3 +63,16 @@ def write(
             smallest = min(output.glob("*.gguf"), key=lambda path: path.stat().st_size).name
             text = ollama.modelfile(whole, smallest, num_ctx=context_tokens, system=system)
             (output / "Modelfile").write_text(text, encoding="utf-8")
+
+
+def check_gguf(base: Path, converted: Path) -> None:
+    """Raises where a GGUF file speaks to the model otherwise than it was trained."""
+    written = gguf_header.read(converted).text("tokenizer.chat_template")
+    template: Any = load.tokenizer(base).chat_template
+    if isinstance(template, str) and written != template:
+        now = "another chat template than" if written else "no chat template, unlike"
+        raise RunnerError(
+            f"{converted.name} has {now} the base model {base}",
+            hint="programs would show the model something else than it was trained on; give the "
+            "chat template in a file chat_template.jinja beside the base model's tokenizer",
+        )

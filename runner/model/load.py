@@ -14,11 +14,14 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from tokenizers import pre_tokenizers
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -32,12 +35,13 @@ from transformers.utils import logging as transformers_logging
 
 from runner import disk
 from runner.errors import PreconditionError, RunnerError
-from runner.model import gguf_header
+from runner.model import families, gguf_header
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["cuda", "mps", "cpu"]
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_TOWER_PACKAGES = {"PIL": "pillow", "timm": "timm", "torchvision": "torchvision"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -64,13 +68,26 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def causal_lm(
-    folder: Path, *, dtype: Dtype, four_bit: bool = False, device: str
+    folder: Path,
+    *,
+    dtype: Dtype,
+    four_bit: bool = False,
+    device: str,
+    float32_modules: tuple[str, ...] | Literal["auto"] = "auto",
 ) -> PreTrainedModel:
     """The model of a folder; `four_bit` holds its linear weights in NF4, and computes in `dtype`.
 
     QLoRA (Dettmers et al., 2023, arXiv:2305.14314), section 3: NF4 with double quantisation.
+
+    In 4 bits or float16 what has one of `float32_modules` in its name stays in float32, computes
+    in it, and is not quantised; "auto" takes what the architecture needs (`families`).
     """
     compute_dtype: torch.dtype = getattr(torch, dtype)
+    kept: tuple[str, ...] = ()
+    if four_bit or dtype == "float16":
+        family = families.of_base(folder)
+        wanted = family.float32_modules if family else ()
+        kept = wanted if float32_modules == "auto" else float32_modules
     quantisation = None
     if four_bit:
         if device.startswith("mps"):
@@ -83,6 +100,10 @@ def causal_lm(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute_dtype,
+            # Where it is given, transformers no longer leaves the head alone by itself.
+            llm_int8_skip_modules=[rf".*{name}[^.]*" for name in (*kept, "lm_head")]
+            if kept
+            else None,
         )
     with _quiet(), _whole_files(folder):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -94,6 +115,8 @@ def causal_lm(
             trust_remote_code=False,
             use_safetensors=True,
         )
+    if kept:
+        _hold_in_float32(model, kept, compute_dtype)
     return model
 
 
@@ -102,6 +125,34 @@ def device() -> Device:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _hold_in_float32(model: PreTrainedModel, names: tuple[str, ...], around: torch.dtype) -> None:
+    """Turns the modules of these names to float32 and has them compute in it, amid `around`."""
+    for path, module in model.named_modules():
+        if not any(name in path for name in names):
+            continue
+        module.float()
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(_take_own_dtype)
+        elif hasattr(module, "predict") and hasattr(module, "correct"):
+            # AltUp is entered by these two; a product of its float32 coefficients with `around`
+            # is an error in transformers 5.23.
+            module.predict = partial(_in_float32, module.predict)
+            module.correct = partial(_in_float32, module.correct)
+    embeddings: Any = model.get_input_embeddings()
+    if embeddings.weight.dtype != around:  # tied to a head that is in float32 now
+        embeddings.register_forward_hook(lambda module, args, output: output.to(around))
+
+
+def _take_own_dtype(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    linear = cast(nn.Linear, module)
+    return args[0].to(linear.weight.dtype), *args[1:]
+
+
+def _in_float32(compute: Any, *inputs: Tensor) -> Tensor:
+    found: Tensor = compute(*(each.float() for each in inputs))
+    return found.to(inputs[0].dtype)
 
 
 def _check_folder(folder: Path) -> None:
@@ -237,6 +288,14 @@ def _whole_files(folder: Path) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError, RunnerError):
         raise
+    except ImportError as error:
+        packages = " ".join(p for name, p in _TOWER_PACKAGES.items() if not find_spec(name))
+        if "timm" not in str(error).lower() or not packages:
+            raise
+        raise PreconditionError(
+            f"the model {folder} sees pictures with the help of {packages}, not installed here",
+            hint=f"pip install {packages}; the part that sees is loaded and left as it is",
+        ) from error
     except Exception as error:
         said = str(error).strip().split("\n")[0][:200]
         raise PreconditionError(

@@ -14,15 +14,15 @@ import math
 import os
 import platform
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -31,17 +31,29 @@ from torch import Tensor, nn
 
 from runner import disk
 from runner.errors import InterruptedRun, PreconditionError, RunnerError
-from runner.model import adapter, batches, checkpoint, load, lora, packing, score, token_files
+from runner.model import (
+    adapter,
+    batches,
+    checkpoint,
+    load,
+    lora,
+    optimizers,
+    packing,
+    recovery,
+    score,
+    token_files,
+    verdicts,
+)
 from runner.model.checkpoint import Checkpoint
 from runner.model.load import Dtype
+from runner.model.optimizers import Schedule
+from runner.model.recovery import Limits, Noise, Recompute
 from runner.model.token_files import Row
 
 Method = Literal["lora", "qlora", "full"]
-Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Emit = Callable[[dict[str, Any]], None]
 Curve = list[dict[str, float]]
-Result = TypeVar("Result")
 
 MOST_STEPS_BETWEEN_CHECKPOINTS = 250
 """Where the recipe does not say: once an epoch, but never more than this work to lose."""
@@ -61,15 +73,23 @@ def train(
     learning_rate: float,
     schedule: Schedule,
     warmup_fraction: float,
+    decay_fraction: float,
+    optimizer: optimizers.Name,
     batch_size: int,
     micro_batch_size: int | Literal["auto"],
+    gradient_checkpointing: Recompute,
     weight_decay: float,
     max_grad_norm: float,
     precision: Precision,
+    neftune_alpha: float,
     rank: int,
     alpha: float,
     dropout: float,
     target_modules: tuple[str, ...] | Literal["all-linear"],
+    modules_to_save: tuple[str, ...],
+    rslora: bool,
+    dora: bool,
+    early_stopping: int | None,
     every_steps: int | None,
     keep_best: int,
     seed: int,
@@ -79,8 +99,10 @@ def train(
 
     Where there is `tokens/packs.arrow`, rows of one pack share a sequence, each for itself.
 
-    A disk that fills costs old checkpoints first; then the training stops with PreconditionError,
-    and the newest and the best checkpoint stay.
+    Ends before its time when `early_stopping` evaluations have brought no better eval loss. Memory
+    that runs out makes the passes smaller, and the same step is computed again. A disk that fills
+    costs old checkpoints first; then the training stops with PreconditionError, and the newest and
+    the best checkpoint stay.
 
     `output` gets an adapter in PEFT's layout or a model in Hugging Face's, and `metrics.jsonl`.
     Checkpoints go to `scratch`; what is there already is gone on from, exactly as if there had
@@ -97,15 +119,39 @@ def train(
 
     device = torch.device(load.device())
     dtype = precision_of(device.type, precision)
+    if text := optimizers.check(optimizer, device.type):
+        emit({"event": "warning", "text": text})
     torch.manual_seed(seed)
-    model = _model(base, method, dtype, device, rank, alpha, dropout, target_modules)
+    with recovery.memory_in_words("the model", "method: qlora, or a smaller base model"):
+        model = (
+            _whole(base, device)
+            if method == "full"
+            else lora.attach(
+                load.causal_lm(base, dtype=dtype, four_bit=method == "qlora", device=str(device)),
+                rank=rank,
+                alpha=alpha,
+                dropout=dropout,
+                target_modules=target_modules,
+                modules_to_save=modules_to_save,
+                rslora=rslora,
+                dora=dora,
+            )
+        )
+    if gradient_checkpointing == "on":
+        recovery.recompute(model)
     score.check_logits(model, rows[0])
     packed = packs is not None and batches.isolates(model, rows)
     if packs is not None and not packed:
         text = "this model cannot keep packed rows apart, so each is a sequence of its own"
         emit({"event": "warning", "text": text})
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = _optimizer(trained, learning_rate, weight_decay)
+    adamw = optimizers.create(
+        optimizer,
+        trained,
+        _trained_embeddings(model),
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+    )
     # Weights in float32 are computed with in `dtype`; an adapter's base is in it already.
     rounds = method == "full" and dtype != "float32"
     mixed = torch.autocast(device.type, getattr(torch, dtype), enabled=rounds)
@@ -113,29 +159,42 @@ def train(
     training = _fingerprint(
         tokens,
         trained,
-        [method, learning_rate, schedule, warmup_fraction, batch_size, weight_decay],
-        [max_grad_norm, dtype, rank, alpha, dropout, seed, len(steps)],
+        [method, optimizer, learning_rate, schedule, warmup_fraction, decay_fraction],
+        [batch_size, weight_decay, max_grad_norm, dtype, neftune_alpha],
+        [rank, alpha, dropout, rslora, early_stopping, seed, len(steps)],
     )
-    saved, found = _latest(scratch, training, emit)
+    saved, found = checkpoint.latest(scratch, training, emit)
     curve: Curve = []
     done = seen_tokens = 0
-    limits = _Limits(
+    limits = Limits(
         None if micro_batch_size == "auto" else micro_batch_size,
         batches.PASS_TOKENS[device.type],
         2.0**16 if dtype == "float16" else 1.0,
+        batches.PASS_TOKENS[device.type],
+        gradient_checkpointing,
     )
+    asked = limits
     if found:
         weights, tensors, state = found
-        _restore(trained, optimizer, weights, tensors)
+        _set_weights(trained, weights)
+        optimizers.restore(adamw, trained, tensors)
+        recovery.restore_random([tensors[key] for key in sorted(tensors) if key[:7] == "random "])
         done, seen_tokens, curve = state["step"], state["tokens"], state["curve"]
-        limits = replace(limits, loss_scale=state["loss_scale"])
+        limits = _limits_found(model, limits, state)
+    else:
+        for text in verdicts.before(len(set(rows.conversations))):
+            emit({"event": "verdict", "text": text})
+
+    def has_ended() -> bool:
+        stuck = early_stopping is not None and verdicts.is_stuck(curve, early_stopping)
+        return stuck or done == len(steps)
 
     def eval_loss() -> float | None:
         """Measures, and adds to the curve; None where there are no eval rows."""
+        nonlocal limits
         if not len(held_out):
             return None
-        with mixed:
-            loss = score.mean_loss(model, held_out)
+        loss, limits = recovery.mean_loss(model, held_out, limits, mixed, emit)
         if not math.isfinite(loss):
             raise RunnerError(
                 f"step {done}: the eval loss is {loss}",
@@ -151,12 +210,13 @@ def train(
             step=done,
             eval_loss=eval_loss,
             weights=_on_cpu(trained),
-            state_tensors=_state_tensors(trained, optimizer, device),
+            state_tensors=_state_tensors(trained, adamw, device),
             state={
                 "step": done,
                 "tokens": seen_tokens,
                 "curve": curve,
                 "loss_scale": limits.loss_scale,
+                "limits": _limits_noted(model, asked, limits),
                 "training": training,
             },
         )
@@ -166,29 +226,43 @@ def train(
             eval_loss()
         model.train()
         pace = _Pace()
-        while done < len(steps):
+        while not has_ended():
             if stop.is_set() and not done:
                 raise _interrupted(0, len(steps))
             step_started = time.monotonic()
             step = steps[done]
             chosen = [rows[index] for index in step.rows]
-            rate = learning_rate * rate_factor(done, len(steps), warmup_fraction, schedule)
-            for group in optimizer.param_groups:
+            rate = learning_rate * optimizers.rate_factor(
+                done, len(steps), warmup_fraction, schedule, decay_fraction
+            )
+            for group in adamw.param_groups:
                 group["lr"] = rate
             sizes = [len(rows) for rows in step.sequences] if packed else [1] * len(chosen)
-            loss, norm, limits = _gradients(
-                model, trained, chosen, sizes, done + 1, limits, mixed, max_grad_norm, emit
+            noise = Noise(neftune_alpha, f"{seed} {done}")
+            parts, norm, limits = recovery.gradients(
+                model,
+                trained,
+                chosen,
+                sizes,
+                done + 1,
+                limits,
+                mixed,
+                max_grad_norm,
+                noise,
+                emit,
             )
-            optimizer.step()
-            optimizer.zero_grad()
+            with recovery.memory_in_words("the optimizer's state", _smaller_state(optimizer)):
+                optimizers.step(adamw)
             done += 1
             step_tokens = sum(len(row.input_ids) for row in chosen)
             seen_tokens += step_tokens
-            pace = pace.after(step_tokens, time.monotonic() - step_started)
+            pace = pace.after(step_tokens, _with_loss(chosen), time.monotonic() - step_started)
+            if text := verdicts.of_spike(curve, done, parts):
+                emit({"event": "warning", "text": text})
             measured = {
                 "step": done,
                 "epoch": round(step.epoch, 4),
-                "loss": loss,
+                "loss": sum(part.loss for part in parts),
                 "learning_rate": rate,
                 "grad_norm": norm,
                 "tokens": seen_tokens,
@@ -200,6 +274,7 @@ def train(
                     **measured,
                     "steps": len(steps),
                     "tokens_per_second": round(pace.tokens_per_s, 1),
+                    "trained_tokens_per_second": round(pace.trained_tokens_per_s, 1),
                     "memory_bytes": _memory_bytes(device),
                     "seconds_left": round(pace.step_s * (len(steps) - done), 1),
                 }
@@ -208,7 +283,7 @@ def train(
             if due or stop.is_set():
                 # After a signal there is no time to evaluate; a later checkpoint does.
                 write = partial(save, eval_loss() if due else None)
-                latest, saved = _in_the_room_there_is(write, saved, emit)
+                latest, saved = checkpoint.in_the_room_there_is(write, saved, emit)
                 saved = checkpoint.prune(
                     [*saved, latest], keep_best=keep_best, resumable=checkpoint.RESUMABLE
                 )
@@ -221,15 +296,17 @@ def train(
                         "eval_loss": latest.eval_loss,
                     }
                 )
-            if stop.is_set() and done < len(steps):
+            if stop.is_set() and not has_ended():
                 raise _interrupted(done, len(steps))
 
     chosen_step = _take_best(trained, saved, done, emit)
     saved = checkpoint.prune(saved, keep_best=keep_best, resumable=1)
-    _in_the_room_there_is(partial(_write, model, method, base, output, curve), saved, emit)
-    if text := verdict(curve, chosen_step):
+    checkpoint.in_the_room_there_is(
+        partial(_write, model, method, base, output, curve), saved, emit
+    )
+    for text in verdicts.after(curve, chosen_step, len(steps), early_stopping):
         emit({"event": "verdict", "text": text})
-    return _summary(curve, chosen_step, trained, seen_tokens, pace)
+    return _summary(curve, chosen_step, trained, seen_tokens, pace, _peak_bytes(device))
 
 
 def precision_of(device: str, precision: Precision = "auto") -> Dtype:
@@ -243,71 +320,30 @@ def precision_of(device: str, precision: Precision = "auto") -> Dtype:
     return "bfloat16" if has_bfloat16 else "float32"
 
 
-def rate_factor(step: int, steps: int, warmup_fraction: float, schedule: Schedule) -> float:
-    """What the learning rate is multiplied by in step `step`, counted from 0."""
-    warmup = math.ceil(warmup_fraction * steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    left = 1 - (step - warmup) / max(1, steps - warmup)
-    if schedule == "cosine":  # SGDR (arXiv:1608.03983), equation 5, without restarts
-        return (1 - math.cos(math.pi * left)) / 2
-    return left if schedule == "linear" else 1.0
-
-
-def verdict(curve: Sequence[Mapping[str, float]], kept: int) -> str:
-    """What the eval loss says about the training, in words; empty where there is none."""
-    evals = [(int(point["step"]), point["eval_loss"]) for point in curve if "eval_loss" in point]
-    if len(evals) < 2:
-        return ""
-    (_, before), (last, after) = evals[0], evals[-1]
-    best = dict(evals)[kept]
-    early, late = _mean_loss(curve, 0, kept), _mean_loss(curve, kept, last)
-    if best >= before:
-        return (
-            f"eval loss did not fall: {before:.3f} before, {best:.3f} at best (step {kept}); "
-            "the data may be too little or too different, or the learning rate too high"
-        )
-    if after > 1.01 * best and late is not None and early is not None and late < early:
-        return (
-            f"overfitting: eval loss rose from {best:.3f} (step {kept}) to {after:.3f} (step "
-            f"{last}) while training loss fell from {early:.3f} to {late:.3f}; step {kept} was "
-            "kept; fewer epochs or more data would help"
-        )
-    words = f"eval loss fell from {before:.3f} to {best:.3f}; step {kept} was kept"
-    if kept == last and len(evals) > 2 and evals[-2][1] - after > 0.01 * after:
-        return f"{words}; it was still falling at the end, more epochs may help"
-    return words
-
-
-@dataclass(frozen=True)
-class _Limits:
-    """How a step is cut into passes, and what its loss is multiplied by.
-
-    None of the three changes the gradient but for rounding.
-    """
-
-    micro_batch_size: int | None
-    pass_tokens: int
-    loss_scale: float
-
-
 @dataclass(frozen=True)
 class _Pace:
     """Seconds of a step and tokens per second: means over the last steps, newer ones more."""
 
     step_s: float = 0.0
     step_tokens: float = 0.0
+    step_trained_tokens: float = 0.0
 
-    def after(self, tokens: int, seconds: float) -> _Pace:
+    def after(self, tokens: int, trained_tokens: int, seconds: float) -> _Pace:
         keep = 0.9 if self.step_s else 0.0
         return _Pace(
             keep * self.step_s + (1 - keep) * seconds,
             keep * self.step_tokens + (1 - keep) * tokens,
+            keep * self.step_trained_tokens + (1 - keep) * trained_tokens,
         )
 
     @property
     def tokens_per_s(self) -> float:
         return self.step_tokens / self.step_s if self.step_s else 0.0
+
+    @property
+    def trained_tokens_per_s(self) -> float:
+        """Of those that carry loss."""
+        return self.step_trained_tokens / self.step_s if self.step_s else 0.0
 
 
 def _rows(folder: Path) -> tuple[token_files.Rows, token_files.Rows]:
@@ -325,228 +361,65 @@ def _steps_of_first_epoch(steps: Sequence[batches.Step]) -> int:
     return sum(step.epoch <= 1 for step in steps)
 
 
-def _model(
-    base: Path,
-    method: Method,
-    dtype: Dtype,
-    device: torch.device,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    target_modules: tuple[str, ...] | Literal["all-linear"],
-) -> nn.Module:
-    """The model with what is to be trained in float32 and everything else frozen."""
-    if method == "full":
-        # Updates of a small learning rate are lost in the rounding of bfloat16.
-        whole = load.causal_lm(base, dtype="float32", device=str(device))
-        lora.freeze_towers(whole)
-        return whole
-    frozen = load.causal_lm(base, dtype=dtype, four_bit=method == "qlora", device=str(device))
-    return lora.attach(
-        frozen, rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules
+def _with_loss(rows: Sequence[Row]) -> int:
+    return sum(int((row.weights != 0).sum()) for row in rows)
+
+
+def _whole(base: Path, device: torch.device) -> nn.Module:
+    """The model in float32, to be trained but for the towers."""
+    # Updates of a small learning rate are lost in the rounding of bfloat16.
+    model = load.causal_lm(base, dtype="float32", device=str(device))
+    lora.freeze_towers(model)
+    return model
+
+
+def _trained_embeddings(model: nn.Module) -> nn.Parameter | None:
+    embeddings: Any = lora.inner(model).get_input_embeddings()
+    weight: nn.Parameter = embeddings.weight
+    return weight if weight.requires_grad else None
+
+
+def _smaller_state(name: optimizers.Name) -> str:
+    return "method: lora, or a smaller lora.rank" if "8bit" in name else "optimizer: adamw_8bit"
+
+
+def _limits_noted(model: nn.Module, asked: Limits, limits: Limits) -> dict[str, Any]:
+    """What there was memory for, so that a training that goes on need not find out again."""
+    return {
+        "asked": _sizes(asked),
+        "found": _sizes(limits),
+        "recomputes": recovery.is_recomputing(model),
+    }
+
+
+def _limits_found(model: nn.Module, asked: Limits, state: Mapping[str, Any]) -> Limits:
+    """The limits of a checkpoint, where the recipe and the device still ask for the same."""
+    noted, limits = state["limits"], replace(asked, loss_scale=state["loss_scale"])
+    if noted["asked"] != _sizes(asked):
+        return limits
+    if noted["recomputes"] and asked.recompute == "auto":
+        recovery.recompute(model)
+    micro_batch_size, pass_tokens, eval_tokens = noted["found"]
+    return replace(
+        limits,
+        micro_batch_size=micro_batch_size,
+        pass_tokens=pass_tokens,
+        eval_tokens=eval_tokens,
     )
 
 
-def _optimizer(
-    trained: Mapping[str, nn.Parameter], learning_rate: float, weight_decay: float
-) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101), which pulls at matrices only, not at norms and biases."""
-    matrices = [p for p in trained.values() if p.ndim > 1]
-    vectors = [p for p in trained.values() if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=learning_rate, fused=True
-    )
-
-
-def _gradients(
-    model: nn.Module,
-    trained: Mapping[str, nn.Parameter],
-    rows: Sequence[Row],
-    sizes: Sequence[int],
-    step: int,
-    limits: _Limits,
-    mixed: torch.autocast,
-    max_grad_norm: float,
-    emit: Emit,
-) -> tuple[float, float, _Limits]:
-    """Leaves the clipped gradient of a step in the parameters; (loss, its norm, new limits).
-
-    Out of memory halves the passes, and a float16 overflow the loss scale; then the same step is
-    computed again.
-    """
-    before = _random_state(next(iter(trained.values())).device)
-    while True:
-        try:
-            losses = _backward(model, rows, limits, mixed, sizes)
-        except torch.OutOfMemoryError:
-            losses = None
-        if losses is None:
-            limits = _smaller(model, rows, limits, emit)
-        else:
-            for parameter in trained.values():
-                if parameter.grad is not None and limits.loss_scale != 1:
-                    parameter.grad /= limits.loss_scale
-            norm = float(nn.utils.clip_grad_norm_(trained.values(), max_grad_norm))
-            loss = sum(part for part, _ in losses)
-            if math.isfinite(loss) and math.isfinite(norm):
-                return loss, norm, limits
-            if limits.loss_scale <= 1 or not math.isfinite(loss):
-                raise _not_finite(step, losses, loss, norm)
-            limits = replace(limits, loss_scale=limits.loss_scale / 2)
-        for parameter in trained.values():
-            parameter.grad = None
-        _restore_random(before)
-
-
-def _backward(
-    model: nn.Module,
-    rows: Sequence[Row],
-    limits: _Limits,
-    mixed: torch.autocast,
-    sizes: Sequence[int] = (),
-) -> list[tuple[float, tuple[str, ...]]]:
-    """Adds up the gradient; each pass's share of the step's loss, and whose it is.
-
-    The loss of a step is sum(weight · nll) / sum(weight) over all of its rows, so the division
-    into passes does not show in it. `sizes` are the rows of each pack in turn, where rows are
-    packed; a pack with more tokens than a pass is cut between its rows.
-    """
-    device = next(model.parameters()).device
-    total_weight = sum(float(row.weights.sum(dtype="float64")) for row in rows)
-    left = iter(rows)
-    packs = [list(islice(left, size)) for size in sizes or [1] * len(rows)]
-    if limits.micro_batch_size is None:
-        packs = [piece for pack in packs for piece in batches.divided(pack, limits.pass_tokens)]
-    groups = batches.micro_batches(
-        [sum(len(row.input_ids) for row in pack) for pack in packs],
-        micro_batch_size=limits.micro_batch_size,
-        pass_tokens=limits.pass_tokens,
-    )
-    losses = []
-    for group in groups:
-        batch = batches.packed([packs[place] for place in group], device)
-        with mixed, batches.isolated(model, batch):
-            loss = score.summed_nll(model, batch) / total_weight
-        (loss * limits.loss_scale).backward()  # type: ignore[no-untyped-call]
-        losses.append((loss.detach(), batch.conversations))
-    return [(loss.item(), conversations) for loss, conversations in losses]
-
-
-def _smaller(model: nn.Module, rows: Sequence[Row], limits: _Limits, emit: Emit) -> _Limits:
-    """Half the tokens of a pass; at one row a pass, recomputation instead of kept activations."""
-    torch.cuda.empty_cache()
-    longest = max(len(row.input_ids) for row in rows)
-    causal = lora.inner(model)
-    rows_each, pass_tokens = limits.micro_batch_size, limits.pass_tokens
-    if rows_each is not None and rows_each > 1:
-        smaller = replace(limits, micro_batch_size=rows_each // 2)
-        text = f"out of memory: {rows_each // 2} rows at a time from now on"
-    elif rows_each is None and pass_tokens > longest:
-        smaller = replace(limits, pass_tokens=pass_tokens // 2)
-        text = f"out of memory: {pass_tokens // 2} tokens at a time from now on"
-    elif not causal.is_activation_checkpointing:
-        causal.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
-        smaller = limits
-        text = "out of memory: activations are computed again from now on, not kept"
-    else:
-        raise PreconditionError(
-            f"one example of {longest} tokens does not fit into the memory of the device",
-            hint="method: qlora, or a smaller max_tokens in tokenize",
-        )
-    emit({"event": "warning", "text": text})
-    return smaller
-
-
-def _not_finite(
-    step: int, losses: Sequence[tuple[float, tuple[str, ...]]], loss: float, norm: float
-) -> RunnerError:
-    bad = [part for part in losses if not math.isfinite(part[0])] or losses
-    names = list(dict.fromkeys(name for _, conversations in bad for name in conversations))
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
-    return RunnerError(
-        f"step {step}: the {what}; conversations: {', '.join(names[:5])}{more}",
-        hint="look at them with `runner preview`; else a lower learning_rate, or precision: "
-        "float32. The checkpoints before this step are kept",
-    )
-
-
-def _latest(
-    scratch: Path, training: str, emit: Emit
-) -> tuple[list[Checkpoint], tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]] | None]:
-    """The checkpoints up to the newest that can be gone on from, and what is in that one."""
-    checkpoint.clear_staged(scratch)
-    whole, damaged = checkpoint.published(scratch)
-    for path in damaged:
-        _warn_damaged(path, emit)
-    while whole:
-        newest = whole[-1]
-        if checkpoint.can_resume(newest):
-            try:
-                tensors, state = checkpoint.state_of(newest)
-                if state["training"] != training:
-                    raise RunnerError(
-                        f"{scratch} holds checkpoints of a training with other settings or data",
-                        hint="restore them, or delete the folder to start anew",
-                    )
-                return whole, (checkpoint.weights_of(newest), tensors, state)
-            except checkpoint.DamagedCheckpoint:
-                _warn_damaged(newest.path, emit)
-        else:
-            checkpoint.remove(newest.path)
-        whole.pop()
-    return [], None
-
-
-def _warn_damaged(path: Path, emit: Emit) -> None:
-    text = f"the checkpoint {path.name} is damaged; training goes on from the one before"
-    emit({"event": "warning", "text": text})
-    checkpoint.remove(path)
-
-
-def _restore(
-    trained: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.AdamW,
-    weights: Mapping[str, Tensor],
-    tensors: Mapping[str, Tensor],
-) -> None:
-    _set_weights(trained, weights)
-    for name, parameter in trained.items():
-        optimizer.state[parameter] = {
-            key: tensors[f"{key} {name}"].to(parameter.device)
-            for key in ("step", "exp_avg", "exp_avg_sq")
-        }
-    _restore_random([tensors[key] for key in sorted(tensors) if key.startswith("random ")])
+def _sizes(limits: Limits) -> list[int | None]:
+    return [limits.micro_batch_size, limits.pass_tokens, limits.eval_tokens]
 
 
 def _state_tensors(
-    trained: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW, device: torch.device
+    trained: Mapping[str, nn.Parameter], adamw: torch.optim.Optimizer, device: torch.device
 ) -> dict[str, Tensor]:
     """Everything beside the weights that decides the next step, by name."""
-    tensors = {
-        f"{key} {name}": tensor
-        for name, parameter in trained.items()
-        for key, tensor in optimizer.state[parameter].items()
-    }
-    for place, state in enumerate(_random_state(device)):
+    tensors = optimizers.state(adamw, trained)
+    for place, state in enumerate(recovery.random_state(device)):
         tensors[f"random {place}"] = state
     return _on_cpu(tensors)
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    """Of the CPU and, if it computes there, of the GPU."""
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state()] if device.type == "cuda" else states
-
-
-def _restore_random(states: Sequence[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1])
 
 
 def _set_weights(trained: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> None:
@@ -579,42 +452,6 @@ def _take_best(
     return done
 
 
-def _in_the_room_there_is(
-    write: Callable[[], Result], saved: list[Checkpoint], emit: Emit
-) -> tuple[Result, list[Checkpoint]]:
-    """What `write` gives, and the checkpoints that are still there.
-
-    Where the disk is too full, all checkpoints go that may, and `write` gets a second chance.
-    """
-    try:
-        return write(), saved
-    except PreconditionError as error:
-        before = _bytes_of(saved)
-        saved = checkpoint.thinned(saved)
-        freed = before - _bytes_of(saved)
-        if not freed:
-            raise _stopped(error, saved) from error
-    kept = " and ".join(one.path.name for one in saved)
-    text = f"the disk is full: {freed / 1e6:,.1f} MB of old checkpoints went; kept: {kept}"
-    emit({"event": "warning", "text": text})
-    try:
-        return write(), saved
-    except PreconditionError as error:
-        raise _stopped(error, saved) from error
-
-
-def _stopped(error: PreconditionError, saved: Sequence[Checkpoint]) -> PreconditionError:
-    start = f"after step {saved[-1].step}" if saved else "from the start"
-    return PreconditionError(
-        error.message,
-        hint=f"free some space and run the same command again; the training goes on {start}",
-    )
-
-
-def _bytes_of(saved: Sequence[Checkpoint]) -> int:
-    return sum(disk.size(one.path) for one in saved)
-
-
 def _write(model: nn.Module, method: Method, base: Path, output: Path, curve: Curve) -> None:
     """Writes the model and its curve whole, or nothing; PreconditionError on a full disk."""
     needed = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
@@ -642,6 +479,7 @@ def _summary(
     trained: Mapping[str, nn.Parameter],
     seen_tokens: int,
     pace: _Pace,
+    peak_bytes: int,
 ) -> dict[str, float | int | str]:
     evals = {int(point["step"]): point["eval_loss"] for point in curve if "eval_loss" in point}
     losses = [point["loss"] for point in curve if "loss" in point]
@@ -652,15 +490,12 @@ def _summary(
         "tokens": seen_tokens,
         "trained_parameters": sum(parameter.numel() for parameter in trained.values()),
         "tokens_per_second": round(pace.tokens_per_s, 1),
+        "trained_tokens_per_second": round(pace.trained_tokens_per_s, 1),
+        "peak_memory_bytes": peak_bytes,
     }
     if evals:
         summary |= {"eval_loss_before": round(evals[0], 6), "eval_loss": round(evals[kept], 6)}
     return summary
-
-
-def _mean_loss(curve: Sequence[Mapping[str, float]], after: int, until: int) -> float | None:
-    losses = [p["loss"] for p in curve if "loss" in p and after < p["step"] <= until]
-    return sum(losses) / len(losses) if losses else None
 
 
 def _fingerprint(
@@ -681,6 +516,22 @@ def _memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(psutil.Process().memory_info().rss)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """The most that this process has held: of the GPU's memory, or of the computer's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    process = psutil.Process()
+    if sys.platform == "win32":
+        return int(process.memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return max(
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        int(process.memory_info().rss),
+    )
 
 
 def _use_the_whole_processor() -> None:

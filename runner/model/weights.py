@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -82,18 +82,33 @@ class Tensor:
     @property
     def layer(self) -> int:
         """Its layer; -1 where it belongs to none."""
-        found = re.match(r"blk\.(\d+)\.", self.name)
-        return int(found[1]) if found else -1
+        return _layer_of(self.name)
 
     @property
     def role(self) -> str:
         """The name without the layer and without what it ends in: "attn_q"."""
-        return re.sub(r"^blk\.\d+\.|\.weight$", "", self.name)
+        return _role_of(self.name)
 
     @property
     def in_tower(self) -> bool:
         """Whether it sees or hears: it is not trained, and no GGUF of a text model has it."""
-        return bool(_TOWER.search(self.name))
+        return _is_in_tower(self.name)
+
+
+@lru_cache(maxsize=8192)  # an estimate asks hundreds of times for each of a thousand names
+def _layer_of(name: str) -> int:
+    found = re.match(r"blk\.(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
+@lru_cache(maxsize=8192)
+def _role_of(name: str) -> str:
+    return re.sub(r"^blk\.\d+\.|\.weight$", "", name)
+
+
+@lru_cache(maxsize=8192)
+def _is_in_tower(name: str) -> bool:
+    return bool(_TOWER.search(name))
 
 
 @dataclass(frozen=True)
@@ -120,11 +135,25 @@ class Weights:
 
     def adapter_bytes(self, rank: int, target_modules: Sequence[str] | str) -> int:
         """An adapter in float32: for each layer two matrices, (rank, in) and (out, rank)."""
-        named = {_NAMES.get(name.rpartition(".")[2], name) for name in target_modules}
-        every = target_modules == "all-linear"
-        chosen = [t for t in self.tensors if (_is_linear(t) if every else t.role in named)]
+        chosen = self.adapted(target_modules)
         halves = [Tensor(t.name, (rank, side)) for t in chosen for side in t.shape[:2]]
         return _safetensors_bytes(halves, 4)
+
+    def adapted(self, target_modules: Sequence[str] | str) -> list[Tensor]:
+        """The linear layers that get an adapter."""
+        named = {_NAMES.get(name.rpartition(".")[2], name) for name in target_modules}
+        every = target_modules == "all-linear"
+        return [t for t in self.tensors if (_is_linear(t) if every else t.role in named)]
+
+    def whole_bytes(self, names: Sequence[str]) -> int:
+        """Layers of these names trained whole, in float32; a tied head counts twice, as written."""
+        named = {_NAMES.get(name.rpartition(".")[2], name) for name in names}
+        tied = all(tensor.role != "output" for tensor in self.tensors)
+        if tied and named & {"token_embd", "output"}:
+            named |= {"token_embd"}
+        chosen = [tensor for tensor in self.tensors if tensor.role in named]
+        twice = [tensor for tensor in chosen if tied and tensor.role == "token_embd"]
+        return _safetensors_bytes([*chosen, *twice], 4)
 
     def gguf_bytes(self, level: Level) -> int:
         """A GGUF file of the model at a level; bf16 is what the others are quantised from."""
@@ -199,18 +228,40 @@ def _of_folder(files: _Files) -> Weights:
     sizes = {path: size for path, size, _ in files}
     folder = next(path.parent for path in sizes if path.name == "config.json")
     config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
-    text: dict[str, Any] = config.get("text_config") or {}
-    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-    said = {c.get(key) for c in (config, text) for key in ("dtype", "torch_dtype")}
-    shards = _shards(folder)
-    tensors = _in_gguf_words(item for shard in shards for item in _header(shard))
+    named = [item for shard in _shards(folder) for item in _header(shard)] or list(_shapes(config))
     beside = sum(sizes[path] for path in sizes if path.suffix != ".safetensors")
     vocabulary = sizes.get(folder / "tokenizer.json", beside)
+    return _of_named(config, named, beside, round(_VOCABULARY_SHARE * vocabulary))
+
+
+def of_config(config: Mapping[str, Any]) -> Weights | None:
+    """The model that a config.json describes, where its weights are not here; None where unknown.
+
+    For decoders built like Llama, Qwen3, Gemma 3 and Gemma-3n, with what these have that sees or
+    hears; no tokenizer is counted.
+    """
+    try:
+        return _of_named(config, list(_shapes(config)), 0, 0)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+        return None
+
+
+def _of_named(
+    config: Mapping[str, Any],
+    named: Iterable[tuple[str, tuple[int, ...]]],
+    beside_bytes: int,
+    vocabulary_bytes: int,
+) -> Weights:
+    text: Mapping[str, Any] = config.get("text_config") or {}
+    default = str(config.get("model_type", "")).startswith("gemma")
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", default))
+    said = {c.get(key) for c in (config, text) for key in ("dtype", "torch_dtype")}
+    tensors = _in_gguf_words(iter(named))
     return Weights(
         tensors=tuple(t for t in tensors if not (tied and t.role == "output")),
         stored_bytes=2 if said & {"bfloat16", "float16"} else 4,
-        beside_bytes=beside,
-        vocabulary_bytes=round(_VOCABULARY_SHARE * vocabulary),
+        beside_bytes=beside_bytes,
+        vocabulary_bytes=vocabulary_bytes,
     )
 
 
@@ -262,6 +313,151 @@ def _gguf_name(name: str) -> str:
     if _EXPERT.search(f".{rest}"):
         role = f"{role}_exps"
     return f"blk.{place[1]}.{role}.{kind}" if place else f"{role}.{kind}"
+
+
+_Shapes = Iterator[tuple[str, tuple[int, ...]]]
+
+_PLAIN = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2"}
+    | {"gemma3", "gemma3_text", "gemma3n", "gemma3n_text"}
+)
+"""`model_type`s whose tensors are known by their config."""
+_LEFT_OUT: dict[str, dict[str, int]] = {
+    "gemma3": {
+        "vocab_size": 262_208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+    }
+}
+"""What the published configs of a type leave to transformers' defaults."""
+_MOBILENET_V5_WEIGHTS = 294_000_000
+"""Of what Gemma-3n sees with: timm's mobilenetv5_300m, which its config does not describe."""
+
+
+def _shapes(config: Mapping[str, Any]) -> _Shapes:
+    """Name and shape of each tensor, as transformers builds the model of a config."""
+    kind = str(config.get("model_type"))
+    if kind not in _PLAIN:
+        raise ValueError(f"model_type {kind!r} is not known")
+    text: Mapping[str, Any] = _LEFT_OUT.get(kind, {}) | dict(config.get("text_config") or config)
+    width, vocabulary = int(text["hidden_size"]), int(text["vocab_size"])
+    yield "model.embed_tokens.weight", (vocabulary, width)
+    yield "model.norm.weight", (width,)
+    yield "lm_head.weight", (vocabulary, width)
+    for layer in range(int(text["num_hidden_layers"])):
+        for name, shape in _layer_shapes(kind, text, layer, width):
+            yield f"model.layers.{layer}.{name}", shape
+    if kind.startswith("gemma3n"):
+        yield from _gemma3n_shapes(text, width)
+    if kind == "gemma3" and config.get("vision_config"):
+        yield from _siglip_shapes(config["vision_config"], width)
+    if kind == "gemma3n" and config.get("vision_config"):
+        yield "vision_tower.timm_model.weight", (_MOBILENET_V5_WEIGHTS,)
+        seen = config["vision_config"]
+        yield from _embedder_shapes("embed_vision", seen["hidden_size"], 128, width)
+    if kind == "gemma3n" and config.get("audio_config"):
+        yield from _conformer_shapes(config["audio_config"])
+        heard = config["audio_config"]
+        yield from _embedder_shapes("embed_audio", heard["hidden_size"], 128, width)
+
+
+def _layer_shapes(kind: str, text: Mapping[str, Any], layer: int, width: int) -> _Shapes:
+    heads = int(text["num_attention_heads"])
+    head = int(text.get("head_dim") or width // heads)
+    queries, keys = heads * head, int(text.get("num_key_value_heads") or heads) * head
+    inner = text["intermediate_size"]
+    inner = int(inner[layer] if isinstance(inner, list) else inner)
+    is_gemma, is_gemma3n = kind.startswith("gemma"), kind.startswith("gemma3n")
+    has_norms = kind == "qwen3" or kind.startswith("gemma3")
+    shares = is_gemma3n and layer >= text["num_hidden_layers"] - text["num_kv_shared_layers"]
+    biased = bool(text.get("attention_bias", kind == "qwen2"))
+    sides = {"q": (queries, width)} if shares else {"q": (queries, width), "k": (keys, width)}
+    if not shares:
+        sides["v"] = (keys, width)
+    for name, shape in sides.items():
+        yield f"self_attn.{name}_proj.weight", shape
+        if biased:
+            yield f"self_attn.{name}_proj.bias", shape[:1]
+        if has_norms and name != "v":
+            yield f"self_attn.{name}_norm.weight", (head,)
+    yield "self_attn.o_proj.weight", (width, queries)
+    if biased and kind != "qwen2":
+        yield "self_attn.o_proj.bias", (width,)
+    yield "mlp.gate_proj.weight", (inner, width)
+    yield "mlp.up_proj.weight", (inner, width)
+    yield "mlp.down_proj.weight", (width, inner)
+    yield "input_layernorm.weight", (width,)
+    yield "post_attention_layernorm.weight", (width,)
+    if is_gemma and kind != "gemma":
+        yield "pre_feedforward_layernorm.weight", (width,)
+        yield "post_feedforward_layernorm.weight", (width,)
+    if is_gemma3n:
+        copies, narrow = int(text["altup_num_inputs"]), int(text["laurel_rank"])
+        beside = int(text["hidden_size_per_layer_input"])
+        yield "altup.correct_output_scale", (width,)
+        yield "altup.correction_coefs.weight", (copies, copies)
+        yield "altup.prediction_coefs.weight", (copies**2, copies)
+        yield "altup.modality_router.weight", (copies, width)
+        yield "altup.router_norm.weight", (width,)
+        yield "laurel.linear_left.weight", (narrow, width)
+        yield "laurel.linear_right.weight", (width, narrow)
+        yield "laurel.post_laurel_norm.weight", (width,)
+        yield "per_layer_input_gate.weight", (beside, width)
+        yield "per_layer_projection.weight", (width, beside)
+        yield "post_per_layer_input_norm.weight", (width,)
+
+
+def _gemma3n_shapes(text: Mapping[str, Any], width: int) -> _Shapes:
+    beside = int(text["hidden_size_per_layer_input"])
+    all_layers = int(text["num_hidden_layers"]) * beside
+    rows = int(text["vocab_size_per_layer_input"])
+    yield "model.embed_tokens_per_layer.weight", (rows, all_layers)
+    yield "model.per_layer_model_projection.weight", (all_layers, width)
+    yield "model.per_layer_projection_norm.weight", (beside,)
+    for copy in range(int(text["altup_num_inputs"]) - 1):
+        yield f"model.altup_projections.{copy}.weight", (width, width)
+        yield f"model.altup_unembed_projections.{copy}.weight", (width, width)
+
+
+def _siglip_shapes(seen: Mapping[str, Any], text_width: int) -> _Shapes:
+    """The vision tower of Gemma 3: SigLIP (arXiv:2303.15343)."""
+    width, inner = int(seen["hidden_size"]), int(seen["intermediate_size"])
+    patch, layers = int(seen["patch_size"]), int(seen["num_hidden_layers"])
+    places = (int(seen["image_size"]) // patch) ** 2
+    tower = "vision_tower"
+    yield f"{tower}.embeddings.patch_embedding.weight", (width, 3, patch, patch)
+    yield f"{tower}.embeddings.position_embedding.weight", (places, width)
+    for layer in range(layers):
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            yield f"{tower}.layers.{layer}.self_attn.{name}.weight", (width, width)
+        yield f"{tower}.layers.{layer}.mlp.fc1.weight", (inner, width)
+        yield f"{tower}.layers.{layer}.mlp.fc2.weight", (width, inner)
+        yield f"{tower}.layers.{layer}.vectors", (9 * width + inner,)  # two norms, and biases
+    if seen.get("vision_use_head", True):
+        yield f"{tower}.head.linear.weight", (4 * width + 2 * inner, width)
+    yield "multi_modal_projector.mm_input_projection_weight", (width, text_width)
+
+
+def _conformer_shapes(heard: Mapping[str, Any]) -> _Shapes:
+    """The audio tower of Gemma-3n: a conformer (arXiv:2303.01037); its small convolutions aside."""
+    width, layers = int(heard["hidden_size"]), int(heard["conf_num_hidden_layers"])
+    channels = heard["sscp_conv_channel_size"][-1]
+    entry = channels * int(heard["input_feat_size"]) // 4  # two convolutions of stride 2
+    yield "audio_tower.subsample_conv_projection.input_proj_linear.weight", (width, entry)
+    linear = (("q", 1), ("k", 1), ("v", 1), ("pos", 1), ("post", 1), ("start", 2), ("end", 1))
+    for layer in range(layers):
+        place = f"audio_tower.conformer.{layer}"
+        for name, times in linear:
+            yield f"{place}.{name}.weight", (times * width, width)
+        for name in ("ffw_start", "ffw_end"):
+            yield f"{place}.{name}_1.weight", (4 * width, width)
+            yield f"{place}.{name}_2.weight", (width, 4 * width)
+
+
+def _embedder_shapes(name: str, own: int, rows: int, text_width: int) -> _Shapes:
+    yield f"{name}.embedding.weight", (rows, int(own))
+    yield f"{name}.embedding_projection.weight", (text_width, int(own))
 
 
 def _is_linear(tensor: Tensor) -> bool:

@@ -39,10 +39,14 @@ class Evaluate(Stage):
     reply_tokens: Annotated[int, Field(ge=1, le=4096)] = 160
     """The longest reply, in tokens."""
     retention: tuple[str, ...] = ()
-    """Files of general text whose loss shows what was forgotten; else a neutral English one."""
+    """Files of general text whose loss shows what was forgotten; else neutral texts in English and
+    in Russian, of which those count whose language the base model knows."""
     max_forgetting: Annotated[float, Field(ge=0)] = 0.1
-    """Warn when the loss on that text has risen by more than this share."""
+    """Warn when the loss on such a text has risen by more than this share."""
+    fail_above: Annotated[float, Field(ge=0)] | None = None
+    """Stop the run when the loss on such a text has risen by more than this share."""
 
+    version: ClassVar[int] = 2
     outside_key = (*Stage.outside_key, "retention")
     libraries = ("torch", "transformers", "peft")
     uses_gpu = True
@@ -75,7 +79,7 @@ class Evaluate(Stage):
             eval_tokens=dirs.inputs["tokens"] / "eval.arrow",
             asked=list(asked.values()),
             reply_tokens=self.reply_tokens,
-            texts=[Path(source.path) for source in dirs.sources] or [measure.NEUTRAL_ENGLISH],
+            texts={source.name: Path(source.path) for source in dirs.sources},
             emit=dirs.emit,
         )
         report = judged(base, tuned, self.rules)
@@ -91,6 +95,7 @@ class Evaluate(Stage):
         for text in verdicts(report, self.max_forgetting):
             dirs.emit({"event": "verdict", "text": text})
         fail_broken(report, self.rules)
+        fail_forgetful(report, self.fail_above)
         return flat(report)
 
     def rows(self, artifact: Path, view: str) -> Iterator[str]:
@@ -114,15 +119,32 @@ def held_out(split: Path, conversations: Path, most: int) -> dict[str, list[dict
 
 
 def judged(base: Measured, tuned: Measured, wanted: Sequence[Rule]) -> dict[str, Any]:
-    """For base and tuned: eval loss, loss on general text, share of replies that keep a rule."""
+    """For base and tuned: eval loss, loss on general texts, share of replies that keep a rule.
+
+    A text that the tuned model was not measured on is one that does not count.
+    """
+    retention: dict[str, dict[str, Any]] = {}
+    for name, before in base.retention.items():
+        after = tuned.retention.get(name)
+        retention[name] = {
+            "base_loss": before.loss,
+            "base_bits_per_character": round(before.bits_per_character, 4),
+            "tuned_loss": after.loss if after else None,
+            "forgetting": round(after.loss / before.loss - 1, 6) if after else None,
+        }
+    counted = [
+        found["forgetting"] for found in retention.values() if found["tuned_loss"] is not None
+    ]
     report: dict[str, Any] = {
         "prompts": len(tuned.replies),
-        "forgetting": round(tuned.retention_loss / base.retention_loss - 1, 6),
+        "forgetting": max(counted, default=None),
+        "retention": retention,
     }
     for side, found in (("base", base), ("tuned", tuned)):
+        losses = [found.retention[name].loss for name in tuned.retention]
         report[side] = {
             "eval_loss": found.eval_loss,
-            "retention_loss": found.retention_loss,
+            "retention_loss": sum(losses) / len(losses) if losses else None,
             "ended_replies": found.ended_replies,
             "rules": {rule.name: rules.share(found.replies, rule.plain()) for rule in wanted},
         }
@@ -140,12 +162,54 @@ def verdicts(report: Mapping[str, Any], max_forgetting: float) -> Iterator[str]:
         )
     for name, after in tuned["rules"].items():
         yield f"{name}: in {base['rules'][name]:.0%} of replies before, {after:.0%} after"
-    change = report["forgetting"]
-    words = f"loss on general text {base['retention_loss']:.3f} → {tuned['retention_loss']:.3f}"
-    if change > max_forgetting:
-        yield f"it forgot: {words} ({change:+.1%}); try a lower learning_rate or fewer epochs"
-    else:
-        yield f"it kept what it knew: {words} ({change:+.1%})"
+    yield from forgetting(report["retention"], max_forgetting)
+
+
+def forgetting(retention: Mapping[str, Mapping[str, Any]], most: float) -> Iterator[str]:
+    """What was kept and what was forgotten, in words, for each general text."""
+    for name, found in retention.items():
+        before, after, change = found["base_loss"], found["tuned_loss"], found["forgetting"]
+        if after is None:
+            yield (
+                f"{name} does not count: the base model does not know it "
+                f"({found['base_bits_per_character']:.2f} bits per character of general text)"
+            )
+            continue
+        words = f"loss on general text {before:.3f} → {after:.3f} ({change:+.1%})"
+        if change > most:
+            yield f"it forgot ({name}): {words}; try a lower learning_rate or fewer epochs"
+        else:
+            yield f"it kept what it knew ({name}): {words}"
+    if all(found["tuned_loss"] is None for found in retention.values()):
+        yield (
+            "what it forgot is not known: name a text in a language that the base model knows "
+            "with `retention`"
+        )
+
+
+def fail_forgetful(report: Mapping[str, Any], most: float | None) -> None:
+    """Raises for the general text of which most was forgotten, if that is more than `most`."""
+    changes = {
+        name: found["forgetting"]
+        for name, found in report["retention"].items()
+        if found["forgetting"] is not None
+    }
+    if most is None:
+        return
+    if not changes:
+        raise RunnerError(
+            "evaluate: fail_above cannot be checked: the base model knows the language of neither "
+            "general text",
+            hint="name a text that it knows with `retention`, or delete fail_above",
+        )
+    name = max(changes, key=lambda name: changes[name])
+    if changes[name] > most:
+        raise RunnerError(
+            f"evaluate: the loss on general text ({name}) has risen by {changes[name]:.1%}, "
+            f"the recipe allows {most:.1%}",
+            hint="a lower learning_rate, fewer epochs, or method: lora instead of full; or a "
+            "higher fail_above",
+        )
 
 
 def fail_broken(report: Mapping[str, Any], wanted: Sequence[Rule]) -> None:
@@ -162,7 +226,9 @@ def fail_broken(report: Mapping[str, Any], wanted: Sequence[Rule]) -> None:
 
 def flat(report: Mapping[str, Any]) -> Metrics:
     """The report's numbers with one name each, for events and tables."""
-    metrics: Metrics = {"prompts": report["prompts"], "forgetting": report["forgetting"]}
+    metrics: Metrics = {"prompts": report["prompts"]}
+    if report["forgetting"] is not None:
+        metrics["forgetting"] = report["forgetting"]
     for side in ("base", "tuned"):
         for name in ("eval_loss", "retention_loss"):
             if report[side][name] is not None:

@@ -120,9 +120,12 @@ class Ingest(Stage):
         good = sum(len(part.ids) for part in parts)
         bad = sum(part.bad for part in parts)
         refuse_bad(good, dirs.output / "rejected.jsonl", dirs.scratch, self.max_bad_fraction)
+        if bad:
+            text = f"{bad} records could not be read; `runner cat RECIPE {self.name or 'ingest'}"
+            dirs.emit({"event": "warning", "text": f"{text} --rejected` lists them"})
         return {
             "files": len(parts),
-            "read": len(new),
+            "files_read": len(new),
             "conversations": good,
             "rejected": bad,
             "left_out": sum(part.left_out for part in parts),
@@ -433,15 +436,16 @@ def refuse_bad(good: int, rejected: Path, scratch: Path, max_bad_fraction: float
     what = "; ".join(
         f"{count} × {reason} (first in {first[reason]})" for reason, count in reasons.most_common(3)
     )
-    more = f"; and {len(reasons) - 3} other reasons" if len(reasons) > 3 else ""
+    others = len(reasons) - 3
+    more = f"; and {others} other reason{'' if others == 1 else 's'}" if others > 0 else ""
     listed = f"all are listed in {scratch / rejected.name}"
     if not good:
         raise PreconditionError(
             f"ingest: no conversation in the sources: {what}{more}", hint=f"{listed}; {_READABLE}"
         )
     raise RunnerError(
-        f"ingest: {bad} of {good + bad} records cannot be read, more than the max_bad_fraction of "
-        f"{max_bad_fraction}: {what}{more}",
+        f"ingest: {bad} of {good + bad} records cannot be read ({bad / (good + bad):.0%}), more "
+        f"than the max_bad_fraction of {max_bad_fraction}: {what}{more}",
         hint=f"{listed}; mend or move the files, or raise max_bad_fraction",
     )
 

@@ -36,6 +36,12 @@ class Lora(Settings):
     """Share of the adapter's inputs dropped while training."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """The linear layers that get an adapter, by name, or all of them but the output head."""
+    modules_to_save: tuple[str, ...] = ()
+    """Layers trained whole beside the adapter, by name, such as embed_tokens and lm_head."""
+    rslora: bool = False
+    """Scale the adapter by alpha / √rank, so that high ranks learn as fast as low ones."""
+    dora: bool = False
+    """Train the length of each row of a weight apart from its direction; better, and slower."""
 
 
 class Checkpoints(Settings):
@@ -57,26 +63,41 @@ class Train(Stage):
     """Stop after so many optimizer steps, whatever `epochs` says."""
     learning_rate: Rate = 2e-4
     """The highest learning rate, reached after the warmup."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warmup."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """How the learning rate falls after the warmup; wsd: not at all, and at the end in a line."""
     warmup_fraction: Share = 0.05
     """The share of all steps in which the learning rate rises."""
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """With wsd, the share of all steps, at the end, in which the learning rate falls."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """8bit: its state takes a quarter of the memory; paged: where a GPU's memory runs out, its
+    state moves to the computer's."""
     batch_size: Count = 16
     """Replies in one optimizer step."""
     micro_batch_size: Count | Literal["auto"] = "auto"
     """Examples in one pass through the model; does not change the result."""
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Compute activations twice, which takes less memory and a third more time; auto: only after
+    memory has run out."""
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Pull of the trained weights towards zero."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Longer gradients are shortened to this norm."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the computation; auto takes the best that the hardware has."""
+    neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """Strength of the noise that is added to embeddings in training, 5 to 15; 0 adds none."""
+    early_stopping: Count | Literal["off"] = 3
+    """Stop after so many evaluations in a row without a better eval loss."""
     lora: Lora = Lora()
     """The adapter's shape, for lora and qlora."""
     checkpoints: Checkpoints = Checkpoints()
     """What is saved on the way, so that an interrupted training goes on."""
+    report: tuple[Literal["tensorboard"], ...] = ()
+    """tensorboard: also write the curves for TensorBoard, into the run's folder."""
 
-    outside_key = (*Stage.outside_key, "micro_batch_size")
+    version: ClassVar[int] = 2
+    outside_key = (*Stage.outside_key, "micro_batch_size", "gradient_checkpointing", "report")
     libraries = ("torch", "transformers", "peft", "bitsandbytes")
     uses_gpu = True
     reads = ("tokens",)
@@ -91,6 +112,20 @@ class Train(Stage):
     def _adapter_settings_have_an_adapter(self) -> Train:
         if self.method == "full" and "lora" in self.model_fields_set:
             raise ValueError("has lora settings but method is full; delete one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _only_wsd_decays_at_the_end(self) -> Train:
+        if self.schedule == "wsd":
+            if self.warmup_fraction + self.decay_fraction > 1:
+                raise ValueError(
+                    f"has warmup_fraction: {self.warmup_fraction} and decay_fraction: "
+                    f"{self.decay_fraction}, together more than 1; lower one of the two"
+                )
+        elif "decay_fraction" in self.model_fields_set:
+            raise ValueError(
+                f"has decay_fraction but schedule is {self.schedule}; delete it, or schedule: wsd"
+            )
         return self
 
     def writes_bytes(self, sizes: Sizes) -> tuple[Written, ...]:
@@ -122,13 +157,15 @@ class Train(Stage):
         from runner.model import weights
 
         base = weights.read(sizes.base_model)
-        # AdamW keeps two numbers for each that is trained, in float32 too.
+        # AdamW keeps two numbers for each that is trained, in float32 too; 8 bits may be fewer.
         return 3 * self._trained_bytes(base) + STATE_BYTES if base else None
 
     def _trained_bytes(self, base: Weights) -> int:
         if self.method == "full":
             return base.trained_bytes()
-        return base.adapter_bytes(self.lora.rank, self.lora.target_modules)
+        # A layer's magnitudes (dora) are fewer than one more rank would add.
+        adapter = base.adapter_bytes(self.lora.rank + self.lora.dora, self.lora.target_modules)
+        return adapter + base.whole_bytes(self.lora.modules_to_save)
 
     def _most_checkpoints(self, sizes: Sizes) -> int:
         """How many are written in all, at most: a short training never has all that may be kept."""
@@ -146,7 +183,10 @@ class Train(Stage):
         return max(by_epoch, math.ceil(steps / LONGEST_INTERVAL))
 
     def run(self, dirs: Dirs) -> Metrics:
-        from runner.model import load, sft
+        from runner.model import quickly
+
+        with quickly.importing():
+            from runner.model import load, sft
 
         return sft.train(
             base=load.base_folder(dirs.base, dirs.cache),
@@ -159,15 +199,23 @@ class Train(Stage):
             learning_rate=self.learning_rate,
             schedule=self.schedule,
             warmup_fraction=self.warmup_fraction,
+            decay_fraction=self.decay_fraction,
+            optimizer=self.optimizer,
             batch_size=self.batch_size,
             micro_batch_size=self.micro_batch_size,
+            gradient_checkpointing=self.gradient_checkpointing,
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
             precision=self.precision,
+            neftune_alpha=self.neftune_alpha,
             rank=self.lora.rank,
             alpha=self.lora.alpha,
             dropout=self.lora.dropout,
             target_modules=self.lora.target_modules,
+            modules_to_save=self.lora.modules_to_save,
+            rslora=self.lora.rslora,
+            dora=self.lora.dora,
+            early_stopping=None if self.early_stopping == "off" else self.early_stopping,
             every_steps=self.checkpoints.every_steps,
             keep_best=self.checkpoints.keep_best,
             seed=dirs.seed,

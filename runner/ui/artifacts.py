@@ -13,10 +13,14 @@ from runner.errors import PreconditionError, RecipeError
 
 def current(opened: Opened, step: Step) -> Path:
     """The folder with what the stage made last; raises when it has made nothing yet."""
-    folder = opened.workspace.links(opened.compiled.name) / step.name
+    folder = opened.links / step.name
+    fact = lock.read(opened.lock_path).of_stage(step.name)
+    if not folder.is_dir() and fact is not None:
+        folder = store.path_of(opened.workspace, fact.output)
     if not folder.is_dir():
         raise PreconditionError(
-            f"{step.name} has made nothing yet", hint=f"run `runner apply {opened.path}` first"
+            f"{step.name} has made nothing yet, or it is not in the store any more",
+            hint=f"run `runner apply {opened.path}` first",
         )
     return folder.resolve()
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from runner.engine import cost, plan, words
+from runner.engine import commit, cost, plan, words
 from runner.engine.cost import Cost, Room
 from runner.engine.opened import Opened
 from runner.engine.plan import Choice, Planned
@@ -34,6 +34,8 @@ class Shown:
     drift: Mapping[str, Mapping[str, tuple[str, str]]]
     extends: str | None
     overrides: tuple[str, ...]
+    unsettled: tuple[str, ...]
+    """Stages whose known output is not the one that the lockfile and the links name now."""
 
 
 def shown(current: Opened, choice: Choice) -> Shown:
@@ -50,6 +52,7 @@ def shown(current: Opened, choice: Choice) -> Shown:
         drift,
         current.compiled.extends,
         current.compiled.overrides,
+        tuple(commit.unsettled(current, planned)),
     )
 
 
@@ -62,6 +65,7 @@ def record(shown: Shown) -> list[dict[str, Any]]:
             "causes": [cause._asdict() for cause in one.causes],
             "problem": one.problem.message if one.problem else None,
             "output": one.output,
+            "is_current": one.step.name not in shown.unsettled,
             "cost": _cost_record(shown.costs.get(one.step.name)),
             "drift": shown.drift.get(one.step.name, {}),
         }
@@ -90,6 +94,9 @@ def _lines(shown: Shown) -> Iterator[str]:
     known = [one.step.name for one in skipped if not one.is_left_out]
     if known and len(known) < len(shown.planned):
         yield f"nothing to do for {', '.join(known)}"
+    elif known and shown.unsettled:
+        names = ", ".join(shown.unsettled)
+        yield f"nothing to run; the lockfile and the links change to what is known of {names}"
     elif known:
         yield "nothing to do"
     if left_out:

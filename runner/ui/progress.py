@@ -105,6 +105,8 @@ def _line_of(event: Event) -> str:
             return f"{stage}: done in {spent} ({words.metrics(event['metrics'])})"
         case "stage_skipped":
             return f"{stage}: nothing to do"
+        case "switched" if event["stages"]:
+            return f"{', '.join(event['stages'])}: lockfile and links changed to what is known"
         case "stage_restored":
             return f"{stage}: {words.size(event['bytes'])} from {event['origin']}"
         case "progress":

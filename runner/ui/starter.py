@@ -28,8 +28,8 @@ stages:
   - stage: export
     gguf: [q4_k_m]
 """
-IGNORED = "/artifacts/\n"
-MERGED = "*.lock merge=union\n"
+IGNORED = ("/artifacts/", "/train_dataset.jsonl", "/eval_dataset.jsonl")
+MERGED = ("*.lock merge=union",)
 
 
 def write(folder: Path, name: str) -> list[Path]:
@@ -52,10 +52,12 @@ def write(folder: Path, name: str) -> list[Path]:
     if not schema.exists():
         disk.write_whole(schema, (json.dumps(json_schema(), indent=2) + "\n").encode())
         written.append(schema)
-    for path, line in ((folder / ".gitignore", IGNORED), (folder / ".gitattributes", MERGED)):
+    for path, lines in ((folder / ".gitignore", IGNORED), (folder / ".gitattributes", MERGED)):
         before = path.read_bytes() if path.exists() else b""
-        if line.strip().encode() not in before.splitlines():
+        missing = [line for line in lines if line.encode() not in before.splitlines()]
+        if missing:
             gap = b"" if not before or before.endswith(b"\n") else b"\n"
-            disk.write_whole(path.resolve(), before + gap + line.encode())
+            after = before + gap + "".join(f"{line}\n" for line in missing).encode()
+            disk.write_whole(path.resolve(), after)
             written.append(path)
     return written

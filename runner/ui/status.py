@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from runner import disk
-from runner.engine import cost, plan, store, usage, words
+from runner.engine import commit, cost, plan, store, usage, words
 from runner.engine.opened import Opened
 from runner.engine.plan import Planned
 
@@ -16,9 +16,13 @@ def record(opened: Opened) -> dict[str, Any]:
     """The stages, each with its state as in `plan`; the space by kind."""
     world = opened.world()
     planned = plan.whole(opened.compiled, world)
+    unsettled = commit.unsettled(opened, planned)
     space = usage.of(opened.workspace)
     return {
-        "stages": [_stage(opened, one, world) for one in planned],
+        "stages": [
+            {**_stage(opened, one, world), "is_current": one.step.name not in unsettled}
+            for one in planned
+        ],
         "space": {
             "free": shutil.disk_usage(disk.existing(opened.workspace.store)).free,
             "kinds": space.kinds,
@@ -34,6 +38,8 @@ def text(found: dict[str, Any]) -> str:
     width = max(len(stage["stage"]) for stage in found["stages"])
     for stage in found["stages"]:
         state = {"skip": "up to date", "blocked": "cannot run"}.get(stage["state"], "would run")
+        if not stage["is_current"] and stage["state"] == "skip":
+            state = "made with other settings; apply takes what is known with these"
         parts = [f"{stage['stage']:{width}}  {state}"]
         if stage["made_at"]:
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(stage["made_at"]))

@@ -266,7 +266,7 @@ def in_the_stages(root: Path) -> float:
     events = [json.loads(line) for line in log.read_text().splitlines()]
     finished = [event for event in events if event["event"] == "stage_finished"]
     assert [event["stage"] for event in finished] == list(STAGES)
-    assert finished[0]["metrics"]["read"] == 1
+    assert finished[0]["metrics"]["files_read"] == 1
     return sum(float(event["seconds"]) for event in finished)
 
 
