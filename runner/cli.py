@@ -63,9 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _report("interrupted", "", InterruptedRun.exit_code, as_json=options.json)
         return InterruptedRun.exit_code
     except BrokenPipeError:
-        # The reader (`head`, say) has what it wanted; Python must not complain when it exits.
+        # The reader (`head`, say) has what it wanted; Python must not complain when it exits. What
+        # answers with its exit code has not answered yet.
         _mute()
-        return 0
+        return 1 if options.name in ("plan", "verify") else 0
     except OSError as error:
         if options.debug:
             raise
@@ -100,8 +101,9 @@ def _report(message: str, hint: str, exit_code: int, *, as_json: bool) -> None:
         print(json.dumps({"error": message, "hint": hint, "exit_code": exit_code}))
         return
     lines = [*message.splitlines(), *(f"  {line}" for line in hint.splitlines())]
-    for number, line in enumerate(lines):
-        print(f"{'' if number else 'runner: '}{escaped(line)}", file=sys.stderr)
+    with suppress(BrokenPipeError):  # the exit code still says it
+        for number, line in enumerate(lines):
+            print(f"{'' if number else 'runner: '}{escaped(line)}", file=sys.stderr)
 
 
 def _be_interruptible() -> None:
@@ -115,6 +117,18 @@ def _be_interruptible() -> None:
 
 def _interrupt(*_: object) -> None:
     raise Stop
+
+
+def _say(text: str) -> None:
+    """Prints what the exit code sums up, which counts though nobody reads on."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _mute()
+
+
+def _on_terminal() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty()  # None where it was closed
 
 
 def _mute() -> None:
@@ -163,7 +177,7 @@ def _plan(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(plan.record(shown))
     else:
-        print(plan.text(shown))
+        _say(plan.text(shown))
     problem = next((step.problem for step in shown.planned if step.problem), None)
     if problem and not options.json:
         raise problem
@@ -205,7 +219,7 @@ def _apply(options: argparse.Namespace) -> int:
             if not shown:
                 from runner.ui import progress
 
-                shown.append(progress.view(terminal=sys.stdout.isatty()))
+                shown.append(progress.view(terminal=_on_terminal()))
             shown[0].show(event)
         except BrokenPipeError:
             _mute()  # nobody looks any more, which is no reason to stop the run
@@ -246,7 +260,7 @@ def _cat(options: argparse.Namespace) -> int:
         raise RecipeError(
             f"--as and --{options.view} exclude each other", hint="leave one of them out"
         )
-    terminal = sys.stdout.isatty()
+    terminal = _on_terminal()
     with opened.at(options.recipe, options.workspace, options.overrides) as current:
         step = current.compiled.step(options.stage)
         if options.shape:
@@ -263,7 +277,7 @@ def _cat_windows(opened: Opened, step: Step, shape: Shape) -> int:
     from runner.ui import export_data
 
     lost: export_data.Lost = export_data.Lost()
-    terminal = sys.stdout.isatty()
+    terminal = _on_terminal()
     for record in export_data.rows(opened, step, shape, lost):
         row = json.dumps(record, ensure_ascii=False)
         print(escaped(row) if terminal else row)
@@ -307,7 +321,7 @@ def _preview(options: argparse.Namespace) -> int:
 
 
 def _colour() -> bool:
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return _on_terminal() and not os.environ.get("NO_COLOR")
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -361,7 +375,7 @@ def _verify(options: argparse.Namespace) -> int:
         for checked in verify.outputs(current, rebuild=not options.quick):
             found.append(checked)
             if not options.json:
-                print(f"{checked.stage}: {checked.text}", flush=True)
+                _say(f"{checked.stage}: {checked.text}")
     if options.json:
         _print_json([checked.record() for checked in found])
     wrong = [checked.stage for checked in found if not checked.is_right]

@@ -76,6 +76,11 @@ def point(link: Path, target: Path) -> None:
         return
     relative = os.path.relpath(target, link.parent)
     make_folder(link.parent)
+    if sys.platform != "win32" and link.exists() and not link.is_symlink():
+        raise PreconditionError(
+            f"{link} is in the place of the link to the results",
+            hint="move it away: perhaps a copy of the workspace has made a folder of the link",
+        )
     beside = _beside(link)
     try:
         beside.symlink_to(relative, target_is_directory=True)
@@ -118,6 +123,11 @@ def points(link: Path, target: Path) -> bool:
     if link.is_symlink():
         return str(link.readlink()) == os.path.relpath(target, link.parent)
     return link.exists() and link.resolve() == target.resolve()  # a junction
+
+
+def at_once(path: str, flags: int) -> int:
+    """An opener that a pipe without a writer does not hold up, put there instead of a file."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def existing(path: Path) -> Path:

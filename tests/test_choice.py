@@ -388,10 +388,9 @@ def test_locked_takes_either_model_of_a_lockfile_that_git_merged(tmp_path: Path,
 
 
 def test_a_stage_below_clean_runs_alone(tmp_path: Path) -> None:
-    recipe = make(
-        tmp_path, DATA_RECIPE.replace("  - stage: window", "  - stage: clean\n  - stage: window")
-    )
+    text = DATA_RECIPE.replace("  - stage: window", "  - stage: clean\n  - stage: window")
+    recipe = make(tmp_path, text)
     apply(recipe)
-    assert states(recipe, only=("window",)) == dict.fromkeys(states(recipe), "skip")
-    assert states(recipe, start="split", force=("split",))["split"] == "run"
+    assert {one.state for one in planned(recipe, only=("window",)).values()} == {"skip"}
+    assert planned(recipe, start="split", force=("split",))["split"].state == "run"
     apply(recipe, start="split", force=("split",))

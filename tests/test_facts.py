@@ -95,7 +95,7 @@ def test_no_bytes_break_the_reading_of_a_fact(data: bytes) -> None:
 
 @pytest.mark.parametrize(
     ("was", "becomes"),
-    [(b"ab" * 32, b"/etc"), (b"ab" * 32, b"cd" * 32), (b'"version": 3', b'"version": 4')],
+    [(b"ab" * 32, b"cd" * 32), (b'"version": 3', b'"version": 4')],
 )
 def test_a_fact_that_says_other_things_than_its_name_is_passed_over_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], was: bytes, becomes: bytes

@@ -15,10 +15,10 @@ import pytest
 
 from runner import processes
 from runner.chat import files
-from runner.engine import store
+from runner.engine import events, state, store, worker
 from runner.engine.workspace import Workspace
 from runner.errors import PreconditionError, RecipeError, RunnerError
-from tests.workspaces import DATA_RECIPE, apply, chat, make, planned, rows, states
+from tests.workspaces import DATA_RECIPE, apply, chat, make, planned, ran, rows, states
 
 
 def run(
@@ -357,3 +357,71 @@ def test_a_reader_that_is_killed_is_a_sentence() -> None:
 
 def kill_myself(task: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_module_in_the_current_folder_is_not_run_by_a_stage(tmp_path: Path) -> None:
+    (tmp_path / "transformers.py").write_text("raise SystemExit('hijacked')")
+    done = subprocess.run(
+        worker.command(), input="{}", cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "hijacked" not in done.stderr
+    assert "KeyError" in done.stderr or "TypeError" in done.stderr
+    assert worker.command()[1] == "-P"
+
+
+@pytest.mark.parametrize(
+    ("command", "code"), [(["plan", "--check"], 5), (["plan", "--locked"], 5), (["verify"], 3)]
+)
+def test_a_reader_that_leaves_does_not_change_the_answer(
+    tmp_path: Path, command: list[str], code: int
+) -> None:
+    recipe = make(tmp_path)
+    words = " ".join([sys.executable, "-m", "runner", command[0], str(recipe), *command[1:]])
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {words} 2>/dev/null | true"])
+    assert done.returncode == code
+
+
+def test_a_command_without_an_output_is_no_bug(tmp_path: Path) -> None:
+    recipe = make(tmp_path)
+    command = f"{sys.executable} -m runner apply {recipe} >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_forced_stage_runs_once_whatever_is_found_later(tmp_path: Path) -> None:
+    recipe = make(tmp_path)
+    apply(recipe)
+    made = tmp_path / "artifacts" / "small" / "window" / "chains.jsonl"
+    made.write_bytes(b"[" + made.read_bytes()[1:])
+    log: list[events.Event] = []
+    apply(recipe, log.append, force=("ingest", "split"))
+    assert ran(log) == ["ingest", "window", "split"]
+
+
+def test_a_glob_reads_neither_hidden_files_nor_what_was_made_of_others(tmp_path: Path) -> None:
+    recipe = make(tmp_path, DATA_RECIPE.replace("[chats]", '["**/*.json*"]'))
+    (tmp_path / ".hidden").mkdir()
+    chat(tmp_path / ".hidden" / "h.json", "secret", "words")
+    apply(recipe)
+    before = recipe.with_suffix(".lock").read_bytes()
+    assert b"secret" not in (tmp_path / "artifacts/small/ingest/conversations.jsonl").read_bytes()
+    apply(recipe)
+    assert recipe.with_suffix(".lock").read_bytes() == before
+
+
+@pytest.mark.parametrize("source", ["out", "out/*.json", "*/private.json", "out/private.json"])
+def test_a_link_to_a_folder_does_not_lead_out_of_the_workspace(tmp_path: Path, source: str) -> None:
+    chat(tmp_path / "secret" / "private.json", "q", "a")
+    recipe = make(tmp_path / "inside", DATA_RECIPE.replace("[chats]", f'["{source}"]'))
+    (tmp_path / "inside" / "out").symlink_to(tmp_path / "secret")
+    with pytest.raises(PreconditionError, match="leads out of the workspace"):
+        apply(recipe)
+
+
+def test_a_pipe_in_the_place_of_a_source_does_not_hold_up_the_run(tmp_path: Path) -> None:
+    recipe = make(tmp_path)
+    (tmp_path / "chats" / "chat-0.json").unlink()
+    os.mkfifo(tmp_path / "chats" / "chat-0.json")
+    apply(recipe)  # it is no file, so it is no source
+    with pytest.raises(OSError, match="not a regular file"):
+        state._hashed(str(tmp_path / "chats" / "chat-0.json"))

@@ -54,8 +54,8 @@ def test_one_and_one_point_nought_and_the_text_are_three_things() -> None:
     assert len({key.of({"a": value}) for value in (1, 1.0, "1", True)}) == 4
 
 
-def test_composed_and_decomposed_letters_are_the_same() -> None:
-    assert key.of({"name": "é"}) == key.of({"name": "e\u0301"})
+def test_texts_that_only_look_alike_are_others_because_stages_see_the_difference() -> None:
+    assert key.of({"name": "é"}) != key.of({"name": "e\u0301"})
 
 
 @given(st.dictionaries(st.text("abc"), JSON))

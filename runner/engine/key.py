@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -52,12 +51,13 @@ def of(parts: Components) -> str:
 
 def of_files(hashes: Iterable[tuple[str, str]]) -> str:
     """One hash for a set of files given as (name, SHA-256), whatever their order."""
-    return _sha256_of(json.dumps([[_nfc(n), sha256] for n, sha256 in sorted(hashes)], **_CANONICAL))
+    return _sha256_of(json.dumps([[n, sha256] for n, sha256 in sorted(hashes)], **_CANONICAL))
 
 
 def canonical(value: Any) -> str:
-    """One spelling for equal data: keys sorted, texts in NFC, 1 and 1.0 and "1" kept apart."""
-    return json.dumps(_nfc(value), **_CANONICAL)
+    """One spelling for equal data: keys sorted; 1 and 1.0 and "1" kept apart, and so are texts that
+    only look alike, because stages see the difference."""
+    return json.dumps(value, **_CANONICAL)
 
 
 _CANONICAL: dict[str, Any] = {
@@ -66,16 +66,6 @@ _CANONICAL: dict[str, Any] = {
     "separators": (",", ":"),
     "allow_nan": False,
 }
-
-
-def _nfc(value: Any) -> Any:
-    if isinstance(value, str):
-        return value if value.isascii() else unicodedata.normalize("NFC", value)
-    if isinstance(value, Mapping):
-        return {_nfc(name): _nfc(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_nfc(item) for item in value]
-    return value
 
 
 def _sha256(value: Any) -> str:

@@ -117,6 +117,7 @@ def _record(name: str, number: int, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line.removeprefix("- "))
         if isinstance(record, dict) and (_is_pin(record) or _is_fact(record)):
+            key.canonical(record)  # refuses NaN, and what is nested too deep
             return record
     except (ValueError, RecursionError):
         pass

@@ -112,7 +112,10 @@ def _is_current(compiled: Compiled, path: Path) -> bool:
     """Whether the recipe that this one extends is as it was."""
     if compiled.extends is None:
         return True
-    base = recipe.read_bytes(path.parent / compiled.extends)
+    try:
+        base = recipe.read_bytes(path.parent / compiled.extends)
+    except RecipeError:
+        return False  # compiling says it with the line that names it
     return hashlib.sha256(base).hexdigest() == compiled.extends_sha256
 
 

@@ -59,9 +59,13 @@ def run(
             for attempt in range(REPLANS):
                 try:
                     with store.staging(current.workspace) as staging:
-                        Run(current, choice, log, folder, staging).stages(planned)
+                        one = Run(current, choice, log, folder, staging)
+                        one.stages(planned)
                     break
                 except _PlanAgain as changed:
+                    # What was forced and has run is not run a second time: it may be a training.
+                    left = tuple(name for name in choice.force if name not in one.ran)
+                    choice = choice._replace(force=left)
                     if attempt == REPLANS - 1:
                         raise changed.error from None
                     planned = current.plan(choice)
@@ -108,6 +112,7 @@ class Run:
         self._folder = folder
         self._staging = staging
         self._done: dict[str, Planned] = {}
+        self.ran: set[str] = set()
 
     def stages(self, foreseen: tuple[Planned, ...]) -> None:
         from runner.stages.ingest import SourceChanged
@@ -129,6 +134,7 @@ class Run:
                 self._check_inputs(planned)
                 try:
                     planned = self._stage(planned)
+                    self.ran.add(step.name)
                 except SourceChanged as error:
                     raise _PlanAgain(error) from error
             self._done[step.name] = planned
@@ -161,6 +167,7 @@ class Run:
             metrics = child.run(job, step, emit, self._folder / f"{step.name}.log")
         else:
             metrics = worker.run(job, emit)
+        self._check_base(planned)
         output = store.publish(space, Path(job.output))
         seconds = round(time.monotonic() - started, 3)
         made = Made(
@@ -216,6 +223,21 @@ class Run:
                 raise plan.damaged(name, path)
             disk.remove(path)
             raise _PlanAgain(RunnerError(f"the output of {name} was damaged and is made again"))
+
+    def _check_base(self, planned: Planned) -> None:
+        """Compares the base model with what was planned, so that no change of it becomes a fact."""
+        assert planned.parts is not None
+        if not planned.step.uses_base_model:
+            return
+        world = self._current.world(self._choice)
+        if world.base_problem is not None:  # it cannot be asked now; checkpoints are kept
+            raise world.base_problem
+        if world.base_model != planned.parts.get("base_model"):
+            disk.remove(self._current.workspace.scratch / key.of(planned.parts)[:32])
+            raise RunnerError(
+                f"the base model changed while {planned.step.name} ran; what it made is not kept",
+                hint="run the same command again when nothing writes to the base model",
+            )
 
     def _compare(self, planned: Planned, output: str) -> None:
         """What is made again must come out as it was."""

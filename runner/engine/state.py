@@ -183,7 +183,7 @@ def _signature(status: os.stat_result) -> tuple[int, int, int, int]:
 def _hashed(path: str) -> tuple[str, tuple[int, int, int, int]]:
     """The hash of a file that did not change meanwhile, with its signature."""
     for _ in range(HASH_TRIES):
-        with Path(path).open("rb") as file:
+        with open(path, "rb", opener=disk.at_once) as file:
             before = os.fstat(file.fileno())
             if not stat.S_ISREG(before.st_mode):
                 raise OSError(f"{path} is not a regular file")

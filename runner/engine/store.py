@@ -25,6 +25,8 @@ from runner.engine.workspace import Workspace
 from runner.errors import PreconditionError, RecipeError
 
 HASH = re.compile("[0-9a-f]{64}")
+STAGED = re.compile(r"[0-9]+-[0-9]{10,}")
+"""A folder of `staging`: nothing else in the store's `tmp` is ours to remove."""
 USED_AFTER_S = 24 * 3600
 """How old the mark of an artifact's last use may be before it is renewed."""
 
@@ -91,11 +93,13 @@ def _remove_left(parent: Path) -> None:
     from filelock import FileLock, Timeout
 
     for path in sorted(parent.glob("*.lock")):
+        if not STAGED.fullmatch(path.stem):
+            continue
         with suppress(Timeout, OSError), FileLock(path, timeout=0):
             disk.remove(path.with_suffix(""))
             path.unlink()
     for folder in parent.iterdir():
-        if folder.suffix != ".lock" and not folder.with_suffix(".lock").exists():
+        if STAGED.fullmatch(folder.name) and not folder.with_suffix(".lock").exists():
             with suppress(OSError):
                 disk.remove(folder)
 

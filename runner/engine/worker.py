@@ -121,7 +121,7 @@ def _held(scratch: Path) -> Iterator[None]:
 
 
 def command() -> list[str]:
-    return [sys.executable, "-m", "runner.engine.worker", str(os.getpid())]
+    return [sys.executable, "-P", "-m", "runner.engine.worker", str(os.getpid())]
 
 
 def as_json(job: Job) -> str:

@@ -57,7 +57,20 @@ def at(root: Path) -> Workspace:
     """The workspace of a folder, with the store that `RUNNER_STORE` names, if it does."""
     root = Path(os.path.abspath(root))  # noqa: PTH100 (`a/../b` is `b`; links stay as they are)
     shared = os.environ.get("RUNNER_STORE")
-    return Workspace(root, Path(shared).expanduser().absolute() if shared else None)
+    if not shared:
+        return Workspace(root)
+    try:
+        store = Path(os.path.abspath(Path(shared).expanduser()))  # noqa: PTH100
+    except RuntimeError:
+        raise PreconditionError(
+            f"RUNNER_STORE is {shared!r}, and there is no such home", hint="write where that is"
+        ) from None
+    if store.is_relative_to(root) and not store.is_relative_to(root / "artifacts"):
+        raise PreconditionError(
+            f"RUNNER_STORE is {store}, which is in the workspace {root}, among its sources",
+            hint="put it outside, or unset RUNNER_STORE: then it is in artifacts/",
+        )
+    return Workspace(root, store)
 
 
 def around(recipe: Path) -> Workspace:
@@ -90,15 +103,22 @@ def matching(root: Path, pattern: str) -> list[str]:
     elif path.is_file():
         found = [str(path)]
     elif any(char in pattern for char in "*?["):
-        globbed = (file for file in _globbed(root, pattern) if wanted(file.name))
-        found = [str(file) for file in globbed if file.is_file()]
+        start = next(n for n, part in enumerate(path.parts) if any(c in part for c in "*?["))
+        found = [
+            str(file)
+            for file in _globbed(root, pattern)
+            if wanted(file.name)
+            and not any(part.startswith(".") for part in file.parts[start:])
+            and not file.is_relative_to(root / "artifacts")
+            and file.is_file()
+        ]
     else:
         raise PreconditionError(
             f"source {pattern!r} is not there (looked for {path})",
             hint="paths in a recipe are relative to the workspace; correct it or put it there",
         )
     if not Path(pattern).is_absolute():
-        _refuse_links_out(root, links if path.is_dir() else found)
+        _refuse_links_out(root, [str(path), *links] if path.is_dir() else found)
     return found
 
 
@@ -110,12 +130,19 @@ def _below(folder: str, without: str, links: list[str]) -> Iterator[str]:
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
-                if not entry.name.startswith(".") and entry.path != without:
+                if not entry.name.startswith(".") and not _is_same(entry, without):
                     yield from _below(entry.path, without, links)
             elif wanted(entry.name) and _is_file(entry):
                 if entry.is_symlink():
                     links.append(entry.path)
                 yield entry.path
+
+
+def _is_same(entry: os.DirEntry[str], folder: str) -> bool:
+    """By whatever path the entry was come to."""
+    if entry.name != os.path.basename(folder):  # noqa: PTH119
+        return False
+    return os.path.realpath(entry.path) == os.path.realpath(folder)
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
@@ -138,8 +165,13 @@ def _globbed(root: Path, pattern: str) -> list[Path]:
 
 def _refuse_links_out(root: Path, found: list[str]) -> None:
     inside = root.resolve()
+    folders: dict[Path, bool] = {}
     for path in map(Path, found):
-        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+        if path.parent not in folders:
+            folders[path.parent] = path.parent.resolve().is_relative_to(inside)
+        if (path.is_symlink() and not path.resolve().is_relative_to(inside)) or not (
+            path == root or folders[path.parent]
+        ):
             raise PreconditionError(
                 f"{path} is a link that leads out of the workspace, to {path.resolve()}",
                 hint="name the file it leads to by an absolute path in `sources:`",

@@ -35,6 +35,7 @@ from runner.model import (
     adapter,
     batches,
     checkpoint,
+    identity,
     load,
     lora,
     optimizers,
@@ -462,6 +463,7 @@ def _write(model: nn.Module, method: Method, base: Path, output: Path, curve: Cu
         else:
             disk.check_room(output, needed)
             lora.write(model, output)
+            identity.write(base, output)
         # Without times, so that the same training gives the same artifact.
         lines = "".join(json.dumps(point) + "\n" for point in curve)
         (output / "metrics.jsonl").write_text(lines, encoding="utf-8", newline="\n")

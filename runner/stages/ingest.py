@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -372,14 +373,15 @@ class _Unchanged:
 
     def __enter__(self) -> BinaryIO:
         try:
-            self._file = Path(self._source.path).open("rb")
+            self._file = open(self._source.path, "rb", opener=disk.at_once)
         except OSError as error:
             raise SourceChanged(
                 f"{self._source.name} cannot be read: {error.strerror}",
                 hint="make it readable, run again",
             ) from error
         self._before = os.fstat(self._file.fileno())
-        if file_digest(self._file, "sha256").hexdigest() != self._source.sha256:
+        is_file = stat.S_ISREG(self._before.st_mode)
+        if not is_file or file_digest(self._file, "sha256").hexdigest() != self._source.sha256:
             self._file.close()
             raise self._changed()
         self._file.seek(0)

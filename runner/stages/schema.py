@@ -33,7 +33,10 @@ AnyStage = Annotated[
 
 STAGES: dict[str, type[Stage]] = {stage.kind(): stage for stage in get_args(get_args(AnyStage)[0])}
 
-RESERVED_NAMES = ("apply.lock", "cache", "runs", "scratch", "state.db", "state.damaged", "store")
+RESERVED_NAMES = (
+    *("apply.json", "apply.lock", "cache", "runs", "scratch", "state.damaged", "store"),
+    *("state.db", "state.db-journal", "state.db-shm", "state.db-wal"),
+)
 
 
 class Recipe(Settings):

@@ -186,10 +186,20 @@ class Train(Stage):
         from runner.model import quickly
 
         with quickly.importing():
-            from runner.model import load, sft
+            from runner.model import families, load, sft
 
+        base = load.base_folder(dirs.base, dirs.cache)
+        for text in families.choices(base, self.method):
+            dirs.emit({"event": "verdict", "text": text})
+        for text in families.warnings(
+            base,
+            method=self.method,
+            learning_rate=self.learning_rate,
+            warmup_fraction=self.warmup_fraction,
+        ):
+            dirs.emit({"event": "warning", "text": text})
         return sft.train(
-            base=load.base_folder(dirs.base, dirs.cache),
+            base=base,
             tokens=dirs.inputs["tokens"],
             output=dirs.output,
             scratch=dirs.scratch,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from runner.engine import facts, lock, plan
+from runner.engine import facts, gc, lock, plan
 from runner.engine.opened import Opened
 from runner.engine.words import escaped, shown
 from runner.errors import PreconditionError
@@ -118,7 +118,8 @@ def _git(current: Opened, *arguments: str) -> tuple[int, bytes, str]:
     folder = current.lock_path.absolute().parent
     try:
         command = ["git", "-C", str(folder), *arguments]
-        environment = {**os.environ, "LC_ALL": "C"}
+        kept = {name: text for name, text in os.environ.items() if name not in gc.LOCATIONS}
+        environment = {**kept, "LC_ALL": "C"}
         done = subprocess.run(command, env=environment, capture_output=True, check=False)
     except FileNotFoundError:
         raise PreconditionError("git is not installed", hint="install it to compare") from None

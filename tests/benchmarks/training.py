@@ -33,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -376,9 +377,9 @@ def started(name: str, command: Sequence[str], work: Path, threads: int) -> Proc
         "HF_HOME": str(work / "huggingface"),  # nothing prepared before
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
-        "RUNNER_STORE": str(work / "store"),
         "OMP_WAIT_POLICY": "passive",  # as the runner says itself
     }
+    environment.pop("RUNNER_STORE", None)
     running = subprocess.Popen(
         command,
         cwd=work if name != "runner" else REPOSITORY,
@@ -604,17 +605,20 @@ def conversation(
             {"role": "assistant", "content": " ".join(reply)},
         ]
 
-    question, reply = ["Say"], ["Well"]
-    for words in (question, reply):
-        most = length // 4 if words is question else length
-        while tokens_of(said(question, reply)) < most:
-            words += next(order).split()
-        while tokens_of(said(question, reply)) > most and len(words) > 1:
-            words.pop()
+    words = [word for _ in range(length) for word in next(order).split()][:length]
+    asked = 1 + most(length, lambda n: tokens_of(said(words[:n], ["Well"])) <= length // 4)
+    question = words[:asked]
+    told = most(length, lambda n: tokens_of(said(question, words[asked : asked + n])) <= length)
+    reply = words[asked : asked + told]
     while tokens_of(said(question, reply)) < length:
         reply.append("and")
     assert tokens_of(said(question, reply)) == length
     return said(question, reply)
+
+
+def most(limit: int, holds: Callable[[int], bool]) -> int:
+    """The largest number below the limit for which it holds, as for all that are smaller."""
+    return bisect_left(range(limit), True, key=lambda n: not holds(n)) - 1
 
 
 @lru_cache
