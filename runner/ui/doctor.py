@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -186,6 +186,17 @@ def fits(current: Opened, found: Machine, asked_memory: int | None) -> tuple[Fit
             continue
         made.append(_fit(step.name, model, stage, training, available))
     return tuple(made)
+
+
+def lines(current: Opened, stages: Collection[str]) -> Iterator[str]:
+    """What each of these train stages needs of memory, a line each; nothing is fetched for it."""
+    spec, root = current.compiled.base_model, current.workspace.root
+    if not stages or spec is None or source.on_hub(spec, root):
+        return
+    for fit in fits(current, machine(), None):
+        if fit.stage in stages and fit.advice is not None:
+            training = replace(fit.training, micro_batch=max(1, fit.advice.micro_batch))
+            yield f"{fit.stage}: {memory.line(fit.advice.estimate, training, fit.available)}"
 
 
 def training_of(stage: Train, max_tokens: int, device: Device, precision: Precision) -> Training:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,6 +34,8 @@ class Shown:
     drift: Mapping[str, Mapping[str, tuple[str, str]]]
     extends: str | None
     overrides: tuple[str, ...]
+    memory: tuple[str, ...]
+    """What the trainings that would run need of it."""
     unsettled: tuple[str, ...]
     """Stages whose known output is not the one that the lockfile and the links name now."""
 
@@ -52,8 +54,18 @@ def shown(current: Opened, choice: Choice) -> Shown:
         drift,
         current.compiled.extends,
         current.compiled.overrides,
+        tuple(_memory(current, planned)),
         tuple(commit.unsettled(current, planned)),
     )
+
+
+def _memory(current: Opened, planned: Sequence[Planned]) -> Iterator[str]:
+    running = (one.step for one in planned if one.state in ("run", "maybe"))
+    trainings = [step.name for step in running if step.kind == "train"]
+    if trainings:
+        from runner.ui import doctor
+
+        yield from doctor.lines(current, trainings)
 
 
 def record(shown: Shown) -> list[dict[str, Any]]:
@@ -106,6 +118,7 @@ def _lines(shown: Shown) -> Iterator[str]:
             sizes = f"{words.size(room.needed)}; {words.size(room.free)} are free"
             full = "" if room.is_enough else ": too little, and apply will refuse"
             yield f"in all about {sizes} at {room.place}{full}"
+    yield from shown.memory
     for stage, drift in shown.drift.items():
         what = ", ".join(f"{name} {then} → {now}" for name, (then, now) in drift.items())
         yield f"{stage} was made with others: {what} (`rerun_on: [env]` would make it count)"
