@@ -31,6 +31,7 @@ def parser(asked: str = "") -> Parser:
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    whole.add_argument("--version", action=_Version, nargs=0, help="print the version")
     # With `prog` argparse does not have to format the usage of the whole to know it.
     commands = whole.add_subparsers(metavar="COMMAND", required=True, dest="name", prog="runner")
     for name, command in COMMANDS.items():
@@ -45,6 +46,14 @@ def parser(asked: str = "") -> Parser:
         found.add_argument("--json", action="store_true", help="print JSON for programs")
         found.add_argument("--debug", action="store_true", help="log more, show tracebacks")
     return whole
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: Parser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"runner {version('runner')}")
+        parser.exit()
 
 
 def _recipe(command: Parser) -> None:
@@ -63,7 +72,9 @@ def _recipe(command: Parser) -> None:
 
 
 def _init(command: Parser) -> None:
-    command.add_argument("called", nargs="?", default="my-style", help="what to call it")
+    command.add_argument(
+        "called", nargs="?", default="my-style", metavar="NAME", help="what to call it"
+    )
 
 
 def _plan(command: Parser) -> None:

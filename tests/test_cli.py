@@ -63,6 +63,10 @@ def test_a_recipe_with_mistakes_leaves_nothing_behind(
     assert [path.name for path in tmp_path.iterdir()] == ["x.yaml"]
 
 
+def test_the_version_is_printed() -> None:
+    assert run("--version").stdout.startswith("runner 0.")
+
+
 def test_the_whole_of_a_data_recipe_by_command(tmp_path: Path) -> None:
     recipe = str(make(tmp_path))
     assert "ingest → window → split" in run("validate", recipe).stdout

@@ -76,7 +76,7 @@ def save(
         disk.sync_folder(scratch)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staged, ignore_errors=True)  # first, so that what is free is told right
-        raise disk.full(error, scratch, needed) or error from error
+        raise disk.full(error, scratch, needed) or _unwritable(scratch, error) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return Checkpoint(final, step, eval_loss)
@@ -151,6 +151,17 @@ def latest(
     return [], None
 
 
+class Unwritable(PreconditionError):
+    """The disk does not take it for another reason than that it is full."""
+
+
+def _unwritable(folder: Path, error: Exception) -> Unwritable:
+    return Unwritable(
+        f"a checkpoint cannot be written to {folder}: {error}",
+        hint="mend that and run the same command again; the checkpoints before this one are kept",
+    )
+
+
 def in_the_room_there_is(
     write: Callable[[], Result], saved: list[Checkpoint], emit: Emit
 ) -> tuple[Result, list[Checkpoint]]:
@@ -160,6 +171,8 @@ def in_the_room_there_is(
     """
     try:
         return write(), saved
+    except Unwritable:
+        raise
     except PreconditionError as error:
         before = _bytes_of(saved)
         saved = thinned(saved)

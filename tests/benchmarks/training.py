@@ -3,13 +3,13 @@ time to the first step, in one run.
 
 python -m tests.benchmarks.training [--steps 1] [--rounds 2] [--tools runner,llamafactory,trl]
 
-Each tool is a process of its own that starts from the same model folder and the same texts, with the
-same adapter, optimizer, precision, number of threads and conversations in a step. All of a group
-are there at one time, and only one of them runs: the others are stopped by a signal, so that they
-take turns step by step. A step's time is that from one end of a step to the next, with all that a
-tool does in between, and its tokens are those of the texts and not padding; each tool's first step
-is not counted. The two peers are installed into environments of their own, with the runner's torch,
-and kept for the next time.
+Each tool is a process of its own that starts from the same model folder and the same texts, with
+the same adapter, optimizer, precision, number of threads and conversations in a step. All of a
+group are there at one time, and only one of them runs: the others are stopped by a signal, so that
+they take turns step by step. A step's time is that from one end of a step to the next, with all
+that a tool does in between, and its tokens are those of the texts and not padding; each tool's
+first step is not counted. The two peers are installed into environments of their own, with the
+runner's torch, and kept for the next time.
 
 The groups:
 equal    rows of 512 tokens
@@ -46,7 +46,7 @@ from typing import Any
 import psutil
 import torch
 
-from runner.model import load, sft
+from runner.model import load, packing, sft
 
 REPOSITORY = Path(__file__).parents[2]
 MODELS = Path(tempfile.gettempdir()) / "runner-test-models"
@@ -328,7 +328,9 @@ def taken_in_turn(
 def started_runner(root: Path, model: Path, asked: Asked) -> tuple[Process, float]:
     """After its first step; the seconds from the command to the beginning of that step."""
     work = fresh(root / "runner")
-    recipe = write_recipe(work, root, model, asked, OURS[asked.group])
+    recipe = write_recipe(
+        work, root, model, asked, OURS[asked.group], packed=asked.group == "packed"
+    )
     began = time.perf_counter()
     process = started("runner", [sys.executable, "-m", "runner", "apply", str(recipe), "--json"],
                       work, asked.threads)  # fmt: skip
@@ -408,14 +410,15 @@ def next_step(process: Process) -> Step:
 def packed_is_one_by_one(root: Path, model: Path, threads: int) -> None:
     """The first loss over a few conversations, which no step has changed yet, in both ways."""
     losses = []
-    for packing in (True, False):
+    for packed in (True, False):
         work = fresh(root / "isolation")
         asked = Asked("lora", "packed", "float32", 1, threads)
-        recipe = write_recipe(work, root, model, asked, "few", packing=packing)
+        recipe = write_recipe(work, root, model, asked, "few", packed=packed)
         process = started("runner", [sys.executable, "-m", "runner", "apply", str(recipe),
                                      "--json"], work, threads)  # fmt: skip
         losses.append(process.until("metrics")["loss"])
         process.end()
+        assert any(work.rglob(packing.FILE)) == packed
     difference = abs(losses[0] - losses[1]) / losses[1]
     print(
         f"{FEW} conversations in the runner: loss {losses[0]:.6f} packed, {losses[1]:.6f} one by "
@@ -426,13 +429,12 @@ def packed_is_one_by_one(root: Path, model: Path, threads: int) -> None:
 
 
 def write_recipe(
-    work: Path, root: Path, model: Path, asked: Asked, texts: str, *, packing: bool | None = None
+    work: Path, root: Path, model: Path, asked: Asked, texts: str, *, packed: bool
 ) -> Path:
     (work / "pyproject.toml").touch()
     path = work / "recipes" / "bench.yaml"
     path.parent.mkdir()
     shutil.copyfile(root / texts / "messages.jsonl", work / "texts.jsonl")
-    packed = asked.group == "packed" if packing is None else packing
     path.write_text(
         RECIPE.format(
             model=model,

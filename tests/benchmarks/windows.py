@@ -2,10 +2,11 @@
 
 python -m tests.benchmarks.windows [--rounds 3]
 
-One conversation of 10, 50 and 200 turns, with the windows that users ask for: expanding ones, and all
-three kinds (pairs, expanding, sliding over 8 turns). Both sides go through the same trainer, all
-windows of the conversation in one step; the copies are one row for each window. First it is asserted
-that both have the same gradient, then whole steps are timed in turn. A tiny random model on a CPU.
+One conversation of 10, 50 and 200 turns, with the windows that users ask for: expanding ones, and
+all three kinds (pairs, expanding, sliding over 8 turns), each window once. Both sides go through
+the same trainer, all windows of the conversation in one step; the copies have a row for each window.
+First it is asserted that both have the same gradient, then whole steps are timed in turn. A tiny
+random model on a CPU.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ letter here."""
 STEPS = 2
 """Of each training; the first warms up and is not counted."""
 GRADIENTS_APART_MAX = 1e-5
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 192,
     "head_dim": 16,
@@ -98,8 +99,10 @@ def main() -> None:
                     f"gradients {apart:.0e} apart",
                     flush=True,
                 )
-                spent = in_turn(base, (chains, copies), work, options.rounds)
-                print(f"  {compared(*spent, goal)}; load {os.getloadavg()[0]:.1f}", flush=True)
+                ours, theirs = in_turn(base, (chains, copies), work, options.rounds)
+                print(
+                    f"  {compared(ours, theirs, goal)}; load {os.getloadavg()[0]:.1f}", flush=True
+                )
 
 
 def written(work: Path, base: Path, kinds: Kinds, turns: int) -> tuple[Side, Side]:
