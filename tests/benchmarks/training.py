@@ -419,6 +419,7 @@ def packed_is_one_by_one(root: Path, model: Path, threads: int) -> None:
         losses.append(process.until("metrics")["loss"])
         process.end()
         assert any(work.rglob(packing.FILE)) == packed
+        assert not any("keep packed rows apart" in said for said in process.log)
     difference = abs(losses[0] - losses[1]) / losses[1]
     print(
         f"{FEW} conversations in the runner: loss {losses[0]:.6f} packed, {losses[1]:.6f} one by "

@@ -4,9 +4,9 @@ python -m tests.benchmarks.windows [--rounds 3]
 
 One conversation of 10, 50 and 200 turns, with the windows that users ask for: expanding ones, and
 all three kinds (pairs, expanding, sliding over 8 turns), each window once. Both sides go through
-the same trainer, all windows of the conversation in one step; the copies have a row for each window.
-First it is asserted that both have the same gradient, then whole steps are timed in turn. A tiny
-random model on a CPU.
+the same trainer, with all windows of the conversation in one step; the copies have one row for each
+window. First it is asserted that both have the same gradient, then whole steps are timed in turn.
+A tiny random model on a CPU.
 """
 
 from __future__ import annotations
