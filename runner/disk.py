@@ -26,16 +26,19 @@ NAME_CHARS = 50
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Replaces the file; a reader, or a crash, sees the old bytes or the new ones."""
-    with being_written(path) as beside:
+def write_whole(path: Path, data: bytes, *, staged: Path | None = None) -> None:
+    """Replaces the file; a reader, or a crash, sees the old bytes or the new ones.
+
+    It is written beside, or where `staged` says: on the same disk, where somebody clears up.
+    """
+    with being_written(path, staged=staged) as beside:
         beside.write_bytes(data)
 
 
 @contextmanager
-def being_written(path: Path) -> Iterator[Path]:
+def being_written(path: Path, *, staged: Path | None = None) -> Iterator[Path]:
     """A path to write to, beside `path`; takes that name when it is complete and on the disk."""
-    beside = _beside(path)
+    beside = staged or _beside(path)
     try:
         yield beside
         sync_file(beside)

@@ -133,7 +133,7 @@ def test_a_tokenizer_that_knows_more_than_the_model_is_refused(tmp_path: Path) -
 def noted(base: Path, folder: Path) -> Path:
     """An adapter with the note that a training leaves beside it."""
     saved_adapter(base, folder)
-    identity.write(base, folder)
+    identity.write(identity.of(base), folder)
     return folder
 
 

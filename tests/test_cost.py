@@ -277,7 +277,7 @@ def test_what_several_stages_name_is_counted_in_the_sum_once(tmp_path: Path) -> 
 def test_a_store_on_another_disk_has_a_sum_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = make(tmp_path)
+    recipe = make(tmp_path / "work")
     with small_disk(tmp_path / "store", 5_000_000):
         monkeypatch.setenv("RUNNER_STORE", str(tmp_path / "store"))
         made = (
@@ -286,4 +286,4 @@ def test_a_store_on_another_disk_has_a_sum_of_its_own(
         )
         with opened.at(recipe) as current:
             found = {room.place: room.needed for room in cost.rooms(current, made)}
-        assert found == {tmp_path / "store": 10, tmp_path / "artifacts": 105}
+        assert found == {tmp_path / "store": 10, tmp_path / "work" / "artifacts": 105}

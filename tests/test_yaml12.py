@@ -694,7 +694,7 @@ resource.setrlimit(resource.RLIMIT_AS, (200 << 20, 200 << 20))
 most = resource.getrlimit(resource.RLIMIT_CPU)[1]
 for name, text in json.load(sys.stdin).items():
     print(name, end=": ", flush=True)
-    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 2, most))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 3, most))
     try:
         document = load(text.encode(), name="bomb")
         assert len(document.lines) <= NODES_MAX

@@ -79,11 +79,11 @@ def every(workspace: Workspace) -> Iterator[Made]:
             yield made
 
 
-def write(workspace: Workspace, made: Made) -> None:
+def write(workspace: Workspace, made: Made, *, staged: Path | None = None) -> None:
     """Adds the fact; what it says is there must be in the store already."""
     path = _folder(workspace, made.key) / f"{made.output}.json"
     disk.make_folder(path.parent)
-    disk.write_whole(path, as_json(made))
+    disk.write_whole(path, as_json(made), staged=staged)
     disk.sync_folder(path.parent.parent)
 
 

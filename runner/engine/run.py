@@ -181,7 +181,7 @@ class Run:
             metrics=metrics,
             env=env,
         )
-        facts.write(space, made)
+        facts.write(space, made, staged=self._staging / "fact")
         self._compare(planned, output)
         finished = Planned(step, "skip", (), planned.parts, output, planned.sources)
         commit.output(self._current, finished)
@@ -201,7 +201,7 @@ class Run:
         output = store.publish(space, staged)
         for made in elsewhere.of_key(key.of(planned.parts)):
             if made.output == output:
-                facts.write(space, made)
+                facts.write(space, made, staged=self._staging / "fact")
         commit.output(self._current, planned)
         size = disk.size(store.path_of(space, output))
         self._add("stage_restored", planned, output=output, bytes=size, origin=elsewhere.name)

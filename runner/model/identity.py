@@ -60,9 +60,9 @@ def of(base: Path) -> Identity:
     )
 
 
-def write(base: Path, folder: Path) -> None:
+def write(base: Identity, folder: Path) -> None:
     """Notes the base model beside what was trained on it."""
-    text = json.dumps(asdict(of(base)), indent=2) + "\n"
+    text = json.dumps(asdict(base), indent=2) + "\n"
     (folder / FILE).write_text(text, encoding="utf-8", newline="\n")
 
 

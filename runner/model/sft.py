@@ -118,6 +118,7 @@ def train(
     )
     every = every_steps or min(_steps_of_first_epoch(steps), MOST_STEPS_BETWEEN_CHECKPOINTS)
 
+    known = identity.of(base)  # as it is now, when its weights are read
     device = torch.device(load.device())
     dtype = precision_of(device.type, precision)
     if text := optimizers.check(optimizer, device.type):
@@ -303,7 +304,7 @@ def train(
     chosen_step = _take_best(trained, saved, done, emit)
     saved = checkpoint.prune(saved, keep_best=keep_best, resumable=1)
     checkpoint.in_the_room_there_is(
-        partial(_write, model, method, base, output, curve), saved, emit
+        partial(_write, model, method, base, known, output, curve), saved, emit
     )
     for text in verdicts.after(curve, chosen_step, len(steps), early_stopping):
         emit({"event": "verdict", "text": text})
@@ -453,7 +454,14 @@ def _take_best(
     return done
 
 
-def _write(model: nn.Module, method: Method, base: Path, output: Path, curve: Curve) -> None:
+def _write(
+    model: nn.Module,
+    method: Method,
+    base: Path,
+    known: identity.Identity,
+    output: Path,
+    curve: Curve,
+) -> None:
     """Writes the model and its curve whole, or nothing; PreconditionError on a full disk."""
     needed = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     output.mkdir(parents=True, exist_ok=True)
@@ -463,7 +471,7 @@ def _write(model: nn.Module, method: Method, base: Path, output: Path, curve: Cu
         else:
             disk.check_room(output, needed)
             lora.write(model, output)
-            identity.write(base, output)
+            identity.write(known, output)
         # Without times, so that the same training gives the same artifact.
         lines = "".join(json.dumps(point) + "\n" for point in curve)
         (output / "metrics.jsonl").write_text(lines, encoding="utf-8", newline="\n")
