@@ -23,6 +23,7 @@ MARGIN_BYTES = 1_000_000
 NAME_CHARS = 50
 """Of a name that a temporary one takes over: with four bytes each, it fits into 255."""
 
+_TEMPORARY = re.compile(r"\..+\.([0-9]{1,9})\.tmp", re.DOTALL)
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
@@ -85,6 +86,7 @@ def point(link: Path, target: Path) -> None:
             hint="move it away: perhaps a copy of the workspace has made a folder of the link",
         )
     beside = _beside(link)
+    beside.unlink(missing_ok=True)
     try:
         beside.symlink_to(relative, target_is_directory=True)
         beside.replace(link)
@@ -191,14 +193,13 @@ def full(error: Exception, where: Path, needed: int = 0) -> PreconditionError | 
 def _beside(path: Path) -> Path:
     """A hidden name in the same folder that only this process uses, never too long for a name.
 
-    What processes that were killed have left under such names is removed.
+    What processes that were killed have left under such names, for any file, is removed.
     """
     stem = path.name[:NAME_CHARS]
-    pattern = re.compile(rf"\.{re.escape(stem)}\.([0-9]+)\.tmp")
     with suppress(OSError):  # a folder that may be written to but not be listed
         for name in os.listdir(path.parent):  # noqa: PTH208
-            found = pattern.fullmatch(name)
-            if found and (int(found[1]) == os.getpid() or not _is_alive(int(found[1]))):
+            found = _TEMPORARY.fullmatch(name)
+            if found and not _is_alive(int(found[1])):
                 path.with_name(name).unlink(missing_ok=True)
     return path.with_name(f".{stem}.{os.getpid()}.tmp")
 

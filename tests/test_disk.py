@@ -73,7 +73,7 @@ def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(
 def test_names_that_killed_processes_left_are_cleared(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", "pass"])
     dead.wait()
-    for left in (f".x.lock.{dead.pid}.tmp", f".x.lock.{os.getppid()}.tmp", ".x.lock.tmp"):
+    for left in (f".other.{dead.pid}.tmp", f".x.lock.{os.getppid()}.tmp", ".x.lock.tmp"):
         (tmp_path / left).touch()
     disk.write_whole(tmp_path / "x.lock", b"whole")
     names = {path.name for path in tmp_path.iterdir()}
