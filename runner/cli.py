@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _report(what, hint, PreconditionError.exit_code, as_json=options.json)
         return PreconditionError.exit_code
     except Exception as error:
-        if isinstance(error.__cause__, KeyboardInterrupt):  # as Python wraps one in a class body
+        if _asked_to_stop:  # a library has made an error of its own of the interrupt
             _report("interrupted", "", InterruptedRun.exit_code, as_json=options.json)
             return InterruptedRun.exit_code
         if options.debug:
@@ -108,15 +108,31 @@ def _report(message: str, hint: str, exit_code: int, *, as_json: bool) -> None:
 
 def _be_interruptible() -> None:
     """Has what asks a process to end raise KeyboardInterrupt, but for what `nohup` has ignored."""
+    _asked_to_stop.clear()
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
             with suppress(ValueError):  # in a thread, which signals do not reach
                 signal.signal(number, _interrupt)
+                sys.unraisablehook = _unraisable
 
 
-def _interrupt(*_: object) -> None:
+_asked_to_stop: list[int] = []
+"""The signals that have come."""
+
+
+def _interrupt(number: int, _: object) -> None:
+    _asked_to_stop.append(number)
     raise Stop
+
+
+def _unraisable(found: sys.UnraisableHookArgs) -> None:
+    """An interrupt that fell into a place that swallows errors comes again a moment later."""
+    if not issubclass(found.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(found)
+    elif hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, _interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 
 def _say(text: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from runner import cli
 from runner.engine import child, cost, events, execute, look, opened, worker
 from runner.errors import BusyError, PreconditionError, RunnerError
 from runner.stages import ingest
@@ -280,3 +281,35 @@ def test_an_interrupt_as_the_command_starts_prints_no_traceback(
     # Until Python has read its own modules it may show where; that is before any line of ours.
     assert "runner/" not in said.decode()
     assert process.returncode in (0, 1, 75, -signal.SIGINT)
+
+
+@pytest.mark.parametrize("place", ["wrapped", "swallowed"])
+def test_an_interrupt_in_an_awkward_place_still_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    recipe = make(tmp_path)
+
+    class Swallows:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.001)
+
+    def interrupted(*_: object, **__: object) -> None:
+        if place == "swallowed":
+            Swallows()
+            time.sleep(5)
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise RuntimeError("a library's own words") from error
+
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    hook = sys.unraisablehook
+    monkeypatch.setattr(execute, "apply", interrupted)
+    try:
+        assert cli.main(["apply", str(recipe)]) == 75
+    finally:
+        sys.unraisablehook = hook
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert capsys.readouterr().err == "runner: interrupted\n"
