@@ -1,6 +1,7 @@
 """The command `runner`, also as `python -m runner`."""
 
 import _signal  # not `signal`, whose own import takes long enough for a ctrl-C to fall into it
+import os
 import sys
 
 
@@ -11,7 +12,10 @@ def main() -> int:
     from runner import cli
 
     try:
-        return cli.main()
+        code = cli.main()
+        if cli.is_brief:  # a tenth of such a command would be taking the interpreter apart
+            os._exit(code)
+        return code
     except KeyboardInterrupt:  # a second one, while the first is being answered
         return 75
     finally:  # what is done is done: nothing shall make another exit code of it

@@ -117,6 +117,9 @@ def _be_interruptible() -> None:
                 sys.unraisablehook = _unraisable
 
 
+is_brief = False
+"""Whether the command did so little that nothing has to be cleared up before the process ends."""
+
 _asked_to_stop: list[int] = []
 """The signals that have come."""
 
@@ -250,6 +253,8 @@ def _apply(options: argparse.Namespace) -> int:
                 view.close()
         results = current.links
     did = any(step.state != "skip" for step in planned)
+    global is_brief
+    is_brief = not did and not shown
     if options.json:
         if not did:
             _print_json({"event": "nothing_to_do", "recipe": current.compiled.name})
