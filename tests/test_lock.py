@@ -53,7 +53,8 @@ def test_a_line_that_is_no_fact_is_named(tmp_path: Path, line: str) -> None:
         lock.read(path)
 
 
-def test_two_branches_merge_without_a_conflict_and_lose_no_fact(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["merge", "rebase"])
+def test_two_branches_join_without_a_conflict_and_lose_no_fact(tmp_path: Path, way: str) -> None:
     def git(*arguments: str) -> None:
         subprocess.run(
             ["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments],
@@ -75,6 +76,6 @@ def test_two_branches_merge_without_a_conflict_and_lose_no_fact(tmp_path: Path) 
     commit(FACT, theirs)
     git("checkout", "main")
     commit(FACT, ours)
-    git("merge", "other", "-m", "merged")
+    git("merge", "other", "-m", "merged") if way == "merge" else git("rebase", "other")
     facts = lock.read(tmp_path / "x.lock").facts
     assert all(fact in facts for fact in (FACT, ours, theirs))
