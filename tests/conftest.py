@@ -5,12 +5,46 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 import runner.model  # noqa: F401 (before any test imports torch: how its threads wait)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models of two layers are slower on two threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # for the code that asks for all of them otherwise
+        torch.set_num_threads(1)
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers with a byte tokenizer."""
+    from tests import tiny_models
+
+    return tiny_models.folder(tmp_path_factory.mktemp("llama") / "base")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokens to train it on: twelve conversations, and three to measure on."""
+    from tests import tiny_models
+
+    return tiny_models.token_files(
+        tmp_path_factory.mktemp("tokens"),
+        tiny_models.conversations(12),
+        tiny_models.conversations(3, "eval"),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -6,16 +6,10 @@ from pathlib import Path
 import pytest
 
 from runner import cli
-from tests.workspaces import DATA_RECIPE, apply, chat, make
+from tests.workspaces import DATA_RECIPE, apply, chat, make, run
 
 COMMANDS = ("init", "validate", "plan", "apply", "cat", "preview", "chat", "status", "schema")
 HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "numpy", "pyarrow", "bitsandbytes")
-
-
-def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "runner", *arguments], cwd=cwd, capture_output=True, text=True
-    )
 
 
 def imported(code: str) -> set[str]:

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +18,7 @@ from runner.stages.stage import Written
 from runner.ui import plan as shown_plan
 from tests import tiny_models
 from tests.test_plan_is_apply import copy_of_trained
-from tests.workspaces import DATA_RECIPE, apply, chat, make, planned, ran
+from tests.workspaces import DATA_RECIPE, apply, chat, make, planned, ran, small_disk
 
 TRAINING = """\
 name: small
@@ -48,20 +44,6 @@ def costs(recipe: Path) -> dict[str, Cost]:
 def shown(recipe: Path) -> str:
     with opened.at(recipe) as current:
         return shown_plan.text(shown_plan.shown(current, opened.plan.EVERYTHING))
-
-
-@contextmanager
-def small_disk(mount: Path, size_bytes: int) -> Iterator[None]:
-    """A file system with so much room at `mount`."""
-    mount.mkdir(exist_ok=True)
-    options = f"size={size_bytes}"
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(mount)]
-    if sys.platform != "linux" or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small disk")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(mount)], check=True)
 
 
 def test_a_first_run_reads_all_files_and_has_taken_no_time_yet(tmp_path: Path) -> None:

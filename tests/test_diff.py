@@ -3,48 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.workspaces import DATA_RECIPE, apply, chat, make
-
-
-def run(
-    *arguments: str | Path, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "runner", *map(str, arguments)],
-        env={**os.environ, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=50,
-    )
-
-
-def git(root: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def commit(root: Path) -> None:
-    git(root, "add", "-A")
-    git(root, "commit", "-qm", "x")
+from tests.workspaces import DATA_RECIPE, apply, chat, commit, committed, git, make, run
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     """An applied recipe that is committed with its lockfile."""
-    recipe = make(tmp_path)
-    git(tmp_path, "init", "-q", "-b", "main")
-    (tmp_path / ".gitignore").write_text("/artifacts/\n")
-    apply(recipe)
-    commit(tmp_path)
-    return recipe
+    return committed(tmp_path)
 
 
 def test_with_no_change_it_says_so(recipe: Path) -> None:

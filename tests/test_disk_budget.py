@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from runner import disk
 from runner.model import load, lora
@@ -22,17 +20,7 @@ from tests import tiny_models
 QUICKSTART = Path(__file__).parents[1] / "data" / "quickstart"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.folder(tmp_path_factory.mktemp("llama") / "base")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def stage(kind: str, **settings: Any) -> Stage:

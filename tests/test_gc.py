@@ -17,31 +17,20 @@ from runner.engine import facts, gc, store
 from runner.engine.facts import Made
 from runner.engine.workspace import Workspace
 from runner.errors import BusyError, PreconditionError, RecipeError, RunnerError
-from tests.workspaces import apply, chat, make, planned, states
+from tests.workspaces import (
+    apply,
+    chat,
+    commit,
+    committed,
+    git,
+    grow_old,
+    make,
+    planned,
+    run,
+    states,
+)
 
 DAY_S = 24 * 3600
-
-
-def run(
-    *arguments: str | Path, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "runner", *map(str, arguments)]
-    return subprocess.run(
-        command, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=50
-    )
-
-
-def git(root: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def grow_old(*folders: Path, days: float = 20) -> None:
-    """As if nobody had touched the folders, and all in them, for so long."""
-    then = time.time() - days * DAY_S
-    for folder in folders:
-        for path in (folder, *folder.rglob("*")):
-            os.utime(path, (then, then), follow_symlinks=False)
 
 
 def artifact(
@@ -77,11 +66,6 @@ def whys(space: Workspace, *named: str) -> dict[str, str]:
     return {one.path.name: one.why for one in gc.find(space, named)}
 
 
-def commit(root: Path) -> None:
-    git(root, "add", "-A")
-    git(root, "commit", "-qm", "x")
-
-
 def say(recipe: Path, text: str) -> set[str]:
     """Changes a chat and applies; the outputs that this gives."""
     chat(recipe.parents[1] / "chats" / "chat-0.json", text, f"answer to {text}")
@@ -96,12 +80,7 @@ def outputs(recipe: Path) -> set[str]:
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     """An applied recipe in a git repository, committed with its data and its lockfile."""
-    recipe = make(tmp_path)
-    git(tmp_path, "init", "-q", "-b", "main")
-    (tmp_path / ".gitignore").write_text("/artifacts/\n")
-    apply(recipe)
-    commit(tmp_path)
-    return recipe
+    return committed(tmp_path)
 
 
 @pytest.fixture

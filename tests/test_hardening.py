@@ -18,20 +18,7 @@ from runner.chat import files
 from runner.engine import events, state, store, worker
 from runner.engine.workspace import Workspace
 from runner.errors import PreconditionError, RecipeError, RunnerError
-from tests.workspaces import DATA_RECIPE, apply, chat, make, planned, ran, rows, states
-
-
-def run(
-    *arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "runner", *arguments],
-        cwd=cwd,
-        env={**os.environ, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=50,
-    )
+from tests.workspaces import DATA_RECIPE, apply, chat, make, planned, ran, rows, run, states
 
 
 def test_two_applies_at_once_both_end_well(tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +18,12 @@ from tests.tiny_models import Family
 IDS = torch.tensor([[97, 98, 99, 104, 101, 100, 103, 97]])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    yield
-    del os.environ["OMP_NUM_THREADS"]
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.folder(tmp_path_factory.mktemp("llama") / "base")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.folder(tmp_path_factory.mktemp("untied") / "base", tied=False)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.token_files(
-        tmp_path_factory.mktemp("tokens"),
-        tiny_models.conversations(12),
-        tiny_models.conversations(3, "eval"),
-    )
 
 
 def logits(model: Any) -> torch.Tensor:

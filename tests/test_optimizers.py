@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,7 @@ from tests.test_sft import assert_same_bits, stop_at, weights
 BITSANDBYTES: tuple[optimizers.Name, ...] = ("adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    yield
-    del os.environ["OMP_NUM_THREADS"]
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +24,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Wide enough for matrices of 4096 weights, from which on bitsandbytes uses 8 bits.
     return tiny_models.folder(
         tmp_path_factory.mktemp("llama") / "base", hidden_size=64, intermediate_size=128
-    )
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.token_files(
-        tmp_path_factory.mktemp("tokens"),
-        tiny_models.conversations(12),
-        tiny_models.conversations(3, "eval"),
     )
 
 

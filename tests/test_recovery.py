@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +23,7 @@ CPU_WORDS = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    yield
-    del os.environ["OMP_NUM_THREADS"]
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.folder(tmp_path_factory.mktemp("llama") / "base")
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.token_files(
-        tmp_path_factory.mktemp("tokens"),
-        tiny_models.conversations(12),
-        tiny_models.conversations(3, "eval"),
-    )
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def narrow(monkeypatch: pytest.MonkeyPatch, most: int, error: BaseException) -> None:

@@ -5,9 +5,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,34 +29,13 @@ from runner.model import (
 )
 from tests import tiny_models
 from tests.tiny_models import Family
+from tests.workspaces import grow, small_disk
 
 CPU = torch.device("cpu")
 EXACT = torch.autocast("cpu", enabled=False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small are slower on two."""
-    before = torch.get_num_threads()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    yield
-    del os.environ["OMP_NUM_THREADS"]
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.folder(tmp_path_factory.mktemp("llama") / "base")
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.token_files(
-        tmp_path_factory.mktemp("tokens"),
-        tiny_models.conversations(12),
-        tiny_models.conversations(3, "eval"),
-    )
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def adapted(folder: Path, seed: int = 0) -> Any:
@@ -469,23 +445,6 @@ def test_a_full_disk_is_said_with_the_bytes_needed_and_costs_no_checkpoint(
     events: list[dict[str, Any]] = []
     tiny_models.trained(base, files, tmp_path, events=events)
     assert [e["step"] for e in events if "loss" in e] == [3, 4, 5, 6]
-
-
-@contextmanager
-def small_disk(mount: Path, size: str) -> Iterator[None]:
-    """A file system of so many bytes."""
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mount)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small disk")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(mount)], check=True)
-
-
-def grow(mount: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,size=99m", str(mount)], check=True)
 
 
 # A checkpoint to go on from takes 1.7 MB, one without optimizer state a third of it.

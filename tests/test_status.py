@@ -15,7 +15,7 @@ import pytest
 from runner.engine import opened, store, usage
 from runner.engine.workspace import Workspace
 from runner.ui import status
-from tests.workspaces import DATA_RECIPE, apply, chat, make, planned
+from tests.workspaces import DATA_RECIPE, apply, chat, make, planned, run
 
 STAGE = {"stage", "state", "is_current", "causes", "output"}
 STAGE |= {"path", "bytes", "made_at", "seconds", "metrics"}
@@ -31,14 +31,8 @@ KINDS = {
 }
 
 
-def run(*arguments: str | Path, **env: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "runner", *map(str, arguments)],
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        timeout=50,
-    )
+def said(*arguments: str | Path, **env: str) -> str:
+    done = run(*arguments, env=env)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
@@ -71,7 +65,7 @@ def fill(space: Workspace) -> None:
 def test_the_shape_of_the_json_stays(tmp_path: Path) -> None:
     recipe = make(tmp_path)
     apply(recipe)
-    found = json.loads(run("status", recipe, "--json"))
+    found = json.loads(said("status", recipe, "--json"))
     assert list(found) == ["stages", "space", "checkpoints"]
     assert [stage["stage"] for stage in found["stages"]] == ["ingest", "window", "split"]
     assert all(set(stage) == STAGE for stage in found["stages"])
@@ -147,14 +141,14 @@ def test_results_that_no_link_leads_to_any_more_are_earlier_ones(tmp_path: Path)
     chat(tmp_path / "chats" / "chat-0.json", "another", "answer")
     apply(recipe)
     assert usage.of(Workspace(tmp_path)).kinds["earlier results"] == before
-    assert f"earlier results {before / 1000:.1f} kB" in run("status", recipe)
+    assert f"earlier results {before / 1000:.1f} kB" in said("status", recipe)
 
 
 def test_the_lines_name_what_was_made_and_what_would_run(tmp_path: Path) -> None:
     recipe = make(tmp_path)
     apply(recipe)
     recipe.write_text(recipe.read_text().replace("0.2", "0.5"))
-    lines = run("status", recipe).splitlines()
+    lines = said("status", recipe).splitlines()
     assert lines[0].startswith("ingest  up to date · made 20")
     assert "files 6" in lines[0]
     assert lines[2].startswith("split   would run · made 20")
@@ -169,8 +163,8 @@ def test_a_fact_that_another_user_wrote_cannot_steer_the_terminal(tmp_path: Path
     for path in (tmp_path / "artifacts" / "store" / "facts").rglob("*.json"):
         fact = json.loads(path.read_bytes())
         path.write_text(json.dumps({**fact, "metrics": {"a": "\x1b[2J"}}))
-    assert "\x1b" not in run("status", recipe)
-    assert "a \\x1b[2J" in run("status", recipe)
+    assert "\x1b" not in said("status", recipe)
+    assert "a \\x1b[2J" in said("status", recipe)
 
 
 def test_files_that_come_and_go_meanwhile_are_no_harm(tmp_path: Path) -> None:
@@ -215,13 +209,13 @@ def test_a_training_says_how_many_checkpoints_there_is_room_for(
 ) -> None:
     text = DATA_RECIPE.replace("name: small", f"name: small\nbase_model: {tiny_base}")
     recipe = make(tmp_path, text + "  - stage: tokenize\n  - stage: train\n")
-    found = json.loads(run("status", recipe, "--json"))
+    found = json.loads(said("status", recipe, "--json"))
     room = found["checkpoints"]["train"]
     assert set(room) == {"bytes", "more"}
     assert room["bytes"] > 100_000
     free = found["space"]["free"]
     assert room["more"] == pytest.approx(free / room["bytes"], rel=0.05)
-    last = run("status", recipe).splitlines()[-1]
+    last = said("status", recipe).splitlines()[-1]
     assert last.startswith("train: room for ")
     assert last.endswith(("kB", "MB"))
 

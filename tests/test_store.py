@@ -18,22 +18,22 @@ from runner.engine import facts, store, workspace
 from runner.engine.workspace import Workspace
 from runner.errors import PreconditionError, RecipeError
 from tests import test_gc
-from tests.workspaces import DATA_RECIPE, apply, chat, make, planned, ran, states
+from tests.workspaces import (
+    DATA_RECIPE,
+    apply,
+    chat,
+    git,
+    grow_old,
+    make,
+    planned,
+    ran,
+    run,
+    small_disk,
+    states,
+)
 
 OTHER = 65534
 """A user that owns nothing."""
-
-
-def runner(
-    *arguments: str | Path, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "runner", *map(str, arguments)],
-        env={**os.environ, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=50,
-    )
 
 
 AS_OTHER = """
@@ -210,7 +210,7 @@ def test_a_second_workspace_skips_what_the_first_made(shared: Path, tmp_path: Pa
     assert (link / "split.jsonl").exists() or list(link.iterdir())
     assert link.resolve().is_relative_to(shared)
     assert not (tmp_path / "two" / "artifacts" / "store").exists()
-    made = runner("status", other, "--json").stdout
+    made = run("status", other, "--json").stdout
     assert '"made_at": 1' in made  # the facts of the first are known here
 
 
@@ -241,17 +241,6 @@ def test_two_workspaces_with_different_data_do_not_get_in_each_others_way(
     assert planned(one)["split"].output != planned(other)["split"].output
 
 
-def git(root: Path, *arguments: str) -> None:
-    command = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
-    subprocess.run(command, check=True, capture_output=True)
-
-
-def grow_old(folder: Path) -> None:
-    then = time.time() - 20 * 24 * 3600
-    for path in (folder, *folder.rglob("*")):
-        os.utime(path, (then, then), follow_symlinks=False)
-
-
 def test_gc_keeps_what_another_workspace_needs(shared: Path, tmp_path: Path) -> None:
     one, other = two(tmp_path)
     apply(one)
@@ -271,7 +260,7 @@ def test_gc_keeps_what_another_workspace_needs(shared: Path, tmp_path: Path) -> 
     chat(tmp_path / "one" / "chats" / "chat-0.json", "q0 of chat 0", "a1 of chat 0")
     apply(one)
     grow_old(shared)
-    done = runner("gc", "--workspace", tmp_path / "one", "--delete")
+    done = run("gc", "--workspace", tmp_path / "one", "--delete")
     assert done.returncode == 0, done.stderr
     there = {path.name for path in store.objects(workspace.around(one))}
     assert there == kept
@@ -292,17 +281,17 @@ def test_a_workspace_that_is_not_there_makes_gc_refuse_until_it_is_forgotten(
     grow_old(shared)
     before = list(store.objects(workspace.around(one)))
     gc = ("gc", "--workspace", tmp_path / "one", "--delete")
-    done = runner(*gc)
+    done = run(*gc)
     assert done.returncode == 3
     assert done.stderr == (
         f"runner: the workspace {tmp_path / 'two'} uses this store too, and is not there to be"
         f" asked\n  mount it, or if it is gone for good: runner gc --forget {tmp_path / 'two'}\n"
     )
     assert list(store.objects(workspace.around(one))) == before
-    assert runner(*gc, "--forget", tmp_path / "one" / ".." / "two").returncode == 0
+    assert run(*gc, "--forget", tmp_path / "one" / ".." / "two").returncode == 0
     assert len(list(store.objects(workspace.around(one)))) < len(before)
     assert set(states(one).values()) == {"skip"}
-    again = runner(*gc, "--forget", tmp_path / "two")
+    again = run(*gc, "--forget", tmp_path / "two")
     assert again.returncode == 2
     assert f"no workspace {tmp_path / 'two'} uses the store {shared}" in again.stderr
 
@@ -314,7 +303,7 @@ def test_while_another_workspace_applies_nothing_is_deleted(shared: Path, tmp_pa
     apply(one)
     apply(other)
     with FileLock(tmp_path / "two" / "artifacts" / "apply.lock"):
-        done = runner("gc", "--workspace", tmp_path / "one", "--delete")
+        done = run("gc", "--workspace", tmp_path / "one", "--delete")
     assert done.returncode == 4
     assert f"an apply is at work in {tmp_path / 'two'}, so nothing is deleted" in done.stderr
 
@@ -345,12 +334,7 @@ def test_a_store_on_another_file_system_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mount = tmp_path / "mount"
-    mount.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "tmpfs", str(mount)], capture_output=True
-    ).returncode:
-        pytest.skip("needs the right to mount")
-    try:
+    with small_disk(mount, "99m"):
         monkeypatch.setenv("RUNNER_STORE", str(mount / "store"))
         one, other = two(tmp_path)
         assert mount.stat().st_dev != one.stat().st_dev
@@ -359,15 +343,13 @@ def test_a_store_on_another_file_system_works(
         assert set(states(other).values()) == {"skip"}
         space = workspace.around(one)
         assert damaged(space) == []
-        assert runner("verify", one).returncode == 0
+        assert run("verify", one).returncode == 0
         chat(tmp_path / "one" / "chats" / "chat-0.json", "another", "answer")
         apply(one)
         grow_old(mount / "store")
-        assert runner("gc", "--workspace", tmp_path / "one", "--delete").returncode == 0
+        assert run("gc", "--workspace", tmp_path / "one", "--delete").returncode == 0
         assert damaged(space) == []
         assert list((mount / "store" / "tmp").iterdir()) == []
-    finally:
-        subprocess.run(["umount", "-l", str(mount)], check=True)
 
 
 def given_to_other(folder: Path) -> None:
@@ -407,7 +389,7 @@ def test_users_of_one_group_publish_into_the_same_folders(public: Path) -> None:
     before = os.umask(0o002)
     try:
         # Folders for every beginning of a hash, so that both meet in them.
-        assert runner("apply", one, env=env).returncode == 0
+        assert run("apply", one, env=env).returncode == 0
         for number in range(256):
             (shared / f"{number:02x}").mkdir(exist_ok=True)
     finally:
@@ -429,7 +411,7 @@ def test_users_of_one_group_publish_into_the_same_folders(public: Path) -> None:
     chat(public / "one" / "chats" / "chat-1.json", "more", "data")
     before = os.umask(0o002)
     try:
-        assert runner("apply", one, env=env).returncode == 0
+        assert run("apply", one, env=env).returncode == 0
     finally:
         os.umask(before)
 

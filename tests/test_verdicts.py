@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from runner.errors import InterruptedRun
 from runner.model import checkpoint, verdicts
@@ -14,29 +11,7 @@ from runner.model.recovery import Part
 from tests import tiny_models
 from tests.test_sft import assert_same_bits, eval_losses, stop_at
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    yield
-    del os.environ["OMP_NUM_THREADS"]
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.folder(tmp_path_factory.mktemp("llama") / "base")
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.token_files(
-        tmp_path_factory.mktemp("tokens"),
-        tiny_models.conversations(12),
-        tiny_models.conversations(3, "eval"),
-    )
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 UNSTABLE: dict[str, Any] = {

@@ -19,16 +19,7 @@ from runner.engine import facts, key, opened, store, verify
 from runner.engine.facts import Made
 from runner.engine.workspace import Workspace
 from runner.stages import window
-from tests.workspaces import DATA_RECIPE, apply, chat, make, planned, states
-
-
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "runner", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+from tests.workspaces import DATA_RECIPE, apply, chat, make, planned, run, states
 
 
 def found(recipe: Path, *, rebuild: bool = True) -> dict[str, verify.Checked]:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from runner.engine import events, execute, opened, plan
 
@@ -81,3 +88,66 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 def ran(log: Sequence[events.Event]) -> list[str]:
     return [event["stage"] for event in log if event["event"] == "stage_started"]
+
+
+def run(
+    *arguments: str | Path,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 100,
+) -> subprocess.CompletedProcess[str]:
+    """The command `runner` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "runner", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def commit(root: Path) -> None:
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "x")
+
+
+def committed(root: Path) -> Path:
+    """An applied recipe in a git repository, committed with its data and its lockfile."""
+    recipe = make(root)
+    git(root, "init", "-q", "-b", "main")
+    (root / ".gitignore").write_text("/artifacts/\n")
+    apply(recipe)
+    commit(root)
+    return recipe
+
+
+def grow_old(*folders: Path, days: float = 20) -> None:
+    """As if nobody had touched the folders, and all in them, for so long."""
+    then = time.time() - days * 24 * 3600
+    for folder in folders:
+        for path in (folder, *folder.rglob("*")):
+            os.utime(path, (then, then), follow_symlinks=False)
+
+
+@contextmanager
+def small_disk(mount: Path, size: str | int) -> Iterator[None]:
+    """A file system with so much room at `mount`; skips where one may not be mounted."""
+    mount.mkdir(parents=True, exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mount)]
+    if sys.platform != "linux" or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+def grow(mount: Path) -> None:
+    """Gives a small disk all the room that a test needs."""
+    subprocess.run(["mount", "-o", "remount,size=99m", str(mount)], check=True)
