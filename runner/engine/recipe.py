@@ -53,6 +53,8 @@ class Compiled(NamedTuple):
     """Of that file's bytes."""
     overrides: tuple[str, ...]
     """What `--set` said, in order."""
+    retrain: dict[str, Any] | None = None
+    """All settings of `retrain:`, where the recipe has it."""
 
     def step(self, name: str) -> Step:
         """The step of that name; raises RecipeError naming those there are."""
@@ -123,6 +125,7 @@ def compile(data: bytes, name: str, overrides: Sequence[str] = ()) -> Compiled:
         extends=recipe.extends,
         extends_sha256=composed.base_sha256,
         overrides=tuple(overrides),
+        retrain=recipe.retrain.model_dump(mode="json") if recipe.retrain else None,
     )
 
 

@@ -13,6 +13,7 @@ from runner.stages.clean import Clean
 from runner.stages.evaluate import Evaluate
 from runner.stages.export import Export
 from runner.stages.ingest import Ingest
+from runner.stages.retrain import Retrain
 from runner.stages.split import Split
 from runner.stages.stage import NAME, Settings, Stage
 from runner.stages.tokenize import Tokenize
@@ -50,6 +51,8 @@ class Recipe(Settings):
     """The model to start from: folder, .gguf file, package:NAME/FILE, or owner/name of the hub."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 17
     """Where all randomness comes from; the same seed gives the same order and the same start."""
+    retrain: Retrain | None = None
+    """When `runner watch` trains again, how, and what replaces the current model."""
     stages: Annotated[tuple[AnyStage, ...], Field(min_length=1)]
     """What is done, from top to bottom; a recipe may stop after any stage."""
 
