@@ -153,6 +153,27 @@ def _export_data(command: Parser) -> None:
     )
 
 
+def _export(command: Parser) -> None:
+    command.add_argument(
+        "model", type=Path, metavar="RECIPE|MODEL", help="a recipe, or a model's folder or .gguf"
+    )
+    command.add_argument("--workspace", type=Path, metavar="DIR", help="of the recipe")
+    command.add_argument(
+        "--gguf", action="append", default=[], metavar="LEVEL", help="make this GGUF file"
+    )
+    command.add_argument(
+        "--to",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="where to write it (the current folder)",
+    )
+    command.add_argument("--base", metavar="MODEL", help="what the adapter in MODEL belongs to")
+    command.add_argument(
+        "--ollama", metavar="NAME", help="register the recipe's exported model with Ollama"
+    )
+
+
 def _preview(command: Parser) -> None:
     command.add_argument("-n", type=_count, default=3, metavar="N", help="examples to show (3)")
 
@@ -172,6 +193,67 @@ def _chat(command: Parser) -> None:
     command.add_argument(
         "--max-tokens", type=_count, default=256, metavar="N", help="longest reply (256)"
     )
+    command.add_argument("--system", metavar="TEXT", help="what to tell the model first")
+
+
+def _serve(command: Parser) -> None:
+    command.add_argument(
+        "--gguf", metavar="LEVEL", help="which export, q4_k_m say; else the smallest"
+    )
+    command.add_argument("--base", action="store_true", help="serve the untrained model")
+    command.add_argument(
+        "--host", default="127.0.0.1", metavar="HOST", help="where to listen (127.0.0.1)"
+    )
+    command.add_argument(
+        "--port", type=_port, default=8080, metavar="PORT", help="(8080); 0 takes a free one"
+    )
+    command.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="keys to ask for, one a line"
+    )
+    command.add_argument(
+        "--context", type=_count, default=4096, metavar="N", help="tokens of a conversation (4096)"
+    )
+
+
+def _add(command: Parser) -> None:
+    command.add_argument("--user", metavar="TEXT", help="what was asked")
+    command.add_argument("--reply", metavar="TEXT", help="the reply to learn")
+    command.add_argument("--system", metavar="TEXT", help="what the model was told first")
+    command.add_argument(
+        "--metadata",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="kept beside it: provider, mode, version; timestamp is now",
+    )
+    command.add_argument(
+        "--from-file",
+        metavar="FILE",
+        help="instead: conversations as JSON or JSON Lines; - is standard input",
+    )
+
+
+def _watch(command: Parser) -> None:
+    command.add_argument("recipes", type=Path, nargs="+", metavar="RECIPE", help="recipes, *.yaml")
+    command.add_argument(
+        "--workspace", type=Path, metavar="DIR", help="folder that their paths start from"
+    )
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="STAGE.KEY=VALUE",
+        help="another value than the recipes', as long as this watch lasts",
+    )
+    command.add_argument(
+        "--once", action="store_true", help="do what is to be done now, then end; for cron"
+    )
+    command.add_argument(
+        "--accept-deletions",
+        action="store_true",
+        help="go on though many sources are gone; also said beside a running watch",
+    )
 
 
 def _diff(command: Parser) -> None:
@@ -183,6 +265,12 @@ def _diff(command: Parser) -> None:
 def _verify(command: Parser) -> None:
     command.add_argument(
         "--quick", action="store_true", help="only hash what is there, make nothing again"
+    )
+
+
+def _rollback(command: Parser) -> None:
+    command.add_argument(
+        "number", nargs="?", type=_count, metavar="N", help="which release (the one before)"
     )
 
 
@@ -219,6 +307,12 @@ def _schema(command: Parser) -> None:
     command.add_argument("--write", type=Path, metavar="FILE", help="write it there instead")
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text[:6]) > 65_535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
+    return int(text)
+
+
 def _count(text: str) -> int:
     """A number of things for argparse, whose own message names the value."""
     if not text.isdecimal() or int(text) == 0:
@@ -239,15 +333,27 @@ COMMANDS = {
     "validate": Command("check a recipe and report every mistake with its line"),
     "plan": Command("say what apply would do, and why", _plan),
     "apply": Command("run what is not known already", _apply),
+    "watch": Command(
+        "apply recipes whenever files arrive, and train when it is worth it",
+        _watch,
+        takes_recipe=False,
+    ),
     "cat": Command("print what a stage made, as JSON lines", _cat),
     "export-data": Command(
         "write train_dataset.jsonl and eval_dataset.jsonl for other tools", _export_data
     ),
+    "export": Command(
+        "make another GGUF file, of a recipe's model or of any other", _export, takes_recipe=False
+    ),
     "preview": Command("show which tokens carry loss, and how much", _preview),
     "chat": Command("talk with the exported model", _chat),
+    "serve": Command("answer other programs as OpenAI's API does, on this machine", _serve),
+    "add": Command("put a new conversation into the recipe's source folder", _add),
     "status": Command("say what was made last, from what, and what takes the space"),
     "diff": Command("say what changed since another version of the lockfile", _diff),
     "verify": Command("check that every output is there, and is what it was", _verify),
+    "promote": Command("make what was made last the current release, whatever the gate says"),
+    "rollback": Command("make an earlier release the current one again", _rollback),
     "gc": Command("show what is in the store and not needed any more", _gc, takes_recipe=False),
     "push": Command("copy what is made to the remote cache of runner.yaml"),
     "doctor": Command(

@@ -8,8 +8,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from runner.engine.opened import Opened
     from runner.engine.plan import Choice
     from runner.engine.recipe import Step
+    from runner.engine.release import Verdict
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -228,29 +229,12 @@ def _choice(options: argparse.Namespace) -> Choice:
 def _apply(options: argparse.Namespace) -> int:
     from runner.engine import execute, opened
 
-    shown: list[Any] = []
-
-    def listen(event: dict[str, Any]) -> None:
-        try:
-            if options.json:
-                _print_json(event)
-                return
-            if not shown:
-                from runner.ui import progress
-
-                shown.append(progress.view(terminal=_on_terminal()))
-            shown[0].show(event)
-        except BrokenPipeError:
-            _mute()  # nobody looks any more, which is no reason to stop the run
-
-    with opened.at(options.recipe, options.workspace, options.overrides) as current:
-        try:
-            planned = execute.apply(
-                current, listen, choice=_choice(options), wait=not options.no_wait
-            )
-        finally:
-            for view in shown:
-                view.close()
+    shown: list[bool] = []
+    with (
+        opened.at(options.recipe, options.workspace, options.overrides) as current,
+        _progress(options.json, shown) as listen,
+    ):
+        planned = execute.apply(current, listen, choice=_choice(options), wait=not options.no_wait)
         results = current.links
     did = any(step.state != "skip" for step in planned)
     global is_brief
@@ -265,6 +249,56 @@ def _apply(options: argparse.Namespace) -> int:
     else:
         print("nothing to do: everything is up to date")
     return 0
+
+
+@contextmanager
+def _progress(
+    as_json: bool, shown: list[bool] | None = None
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What shows the events of a run as they come; `shown` gets an entry when there was one."""
+    views: list[Any] = []
+
+    def listen(event: dict[str, Any]) -> None:
+        try:
+            if as_json:
+                _print_json(event)
+                return
+            if not views:
+                from runner.ui import progress
+
+                views.append(progress.view(terminal=_on_terminal()))
+                if shown is not None:
+                    shown.append(True)
+            views[0].show(event)
+        except BrokenPipeError:
+            _mute()  # nobody looks any more, which is no reason to stop the run
+
+    try:
+        yield listen
+    finally:
+        for view in views:
+            view.close()
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from runner.ui import watch
+    from runner.watch import loop
+
+    view = watch.view(terminal=_on_terminal(), as_json=options.json)
+    try:
+        return loop.run(
+            options.recipes,
+            view.show,
+            root=options.workspace,
+            overrides=options.overrides,
+            once=options.once,
+            accept_deletions=options.accept_deletions,
+            pace=replace(loop.PACE, heartbeat_s=view.heartbeat_s),
+        )
+    finally:
+        view.close()
 
 
 def _near(path: Path) -> Path:
@@ -283,12 +317,15 @@ def _cat(options: argparse.Namespace) -> int:
         )
     terminal = _on_terminal()
     with opened.at(options.recipe, options.workspace, options.overrides) as current:
-        step = current.compiled.step(options.stage)
+        steps = current.compiled.named(options.stage)
         if options.shape:
-            return _cat_windows(current, step, options.shape)
-        artifact = artifacts.current(current, step)
-        for row in artifacts.rows(step, artifact, options.view):
-            print(escaped(row) if terminal else row)
+            return _cat_windows(current, steps[0], options.shape)
+        for step in steps:
+            if step.transient and len(steps) > 1:
+                continue
+            artifact = artifacts.current(current, step)
+            for row in artifacts.rows(step, artifact, options.view):
+                print(escaped(row) if terminal else row)
     return 0
 
 
@@ -332,6 +369,42 @@ def _export_data(options: argparse.Namespace) -> int:
     return 0
 
 
+def _export(options: argparse.Namespace) -> int:
+    from runner.ui import export
+
+    recipe = options.model.suffix in (".yaml", ".yml")
+    if not options.gguf and not options.ollama:
+        raise RecipeError(
+            "there is nothing to export", hint="add --gguf q4_k_m, say, or --ollama NAME"
+        )
+    if (recipe and options.base) or (options.ollama and not recipe):
+        what = "--base is for a model" if recipe else "--ollama is for a recipe"
+        raise RecipeError(f"{what}, and {options.model} is none", hint="leave it out")
+    export.check_levels(options.gguf)
+    written: list[Path] = []
+    with _progress(options.json) as listen:
+        if options.gguf and recipe:
+            written = export.of_recipe(
+                options.model, options.workspace, options.gguf, options.to, listen
+            )
+        elif options.gguf:
+            written = export.of_folder(
+                options.model, options.base, options.gguf, options.to, listen
+            )
+    for path in written:
+        if options.json:
+            _print_json({"event": "written", "path": str(path), "bytes": path.stat().st_size})
+        else:
+            print(f"wrote {path}")
+    if options.ollama:
+        command = export.to_ollama(options.model, options.workspace, options.ollama)
+        if options.json:
+            _print_json({"event": "registered", "command": command})
+        else:
+            print(f"registered; talk with it by `{command}`")
+    return 0
+
+
 def _preview(options: argparse.Namespace) -> int:
     from runner.engine import opened
     from runner.ui import preview
@@ -358,7 +431,44 @@ def _chat(options: argparse.Namespace) -> int:
             chat.compare(current, options.compare, options.gguf, options.max_tokens, options.json)
         else:
             model = None if options.base else chat.exported(current, options.gguf)
-            chat.talk(current, model, options.once, options.max_tokens, options.json)
+            chat.talk(
+                current, model, options.once, options.max_tokens, options.json, options.system
+            )
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from runner.engine import opened
+    from runner.ui import chat, serve
+
+    if options.base and options.gguf:
+        raise RecipeError("--base and --gguf exclude each other", hint="leave one of them out")
+    keys = serve.read_keys(options.api_key_file)
+    with opened.at(options.recipe, options.workspace, options.overrides) as current:
+        name = current.compiled.name
+        model = chat.base_gguf(current) if options.base else chat.exported(current, options.gguf)
+    serve.serve(model, name, options.host, options.port, keys, options.context, options.json)
+    return 0
+
+
+def _add(options: argparse.Namespace) -> int:
+    from runner.ui import add
+
+    paths = add.conversations(
+        options.recipe,
+        options.workspace,
+        options.overrides,
+        user=options.user,
+        reply=options.reply,
+        system=options.system,
+        metadata=options.metadata,
+        file=options.from_file,
+    )
+    if options.json:
+        _print_json({"written": [str(path) for path in paths]})
+        return 0
+    for path in paths:
+        print(f"wrote {_near(path)}")
     return 0
 
 
@@ -410,6 +520,44 @@ def _verify(options: argparse.Namespace) -> int:
             "the lockfile names no output yet", hint=f"run `runner apply {options.recipe}` first"
         )
     return RunnerError.exit_code if wrong else 0
+
+
+def _promote(options: argparse.Namespace) -> int:
+    from runner.engine import execute
+
+    return _release(options, execute.promote)
+
+
+def _rollback(options: argparse.Namespace) -> int:
+    from runner.engine import execute
+
+    return _release(
+        options, lambda current, listen: execute.rollback(current, listen, options.number)
+    )
+
+
+def _release(
+    options: argparse.Namespace,
+    decide: Callable[[Opened, Callable[[dict[str, Any]], None]], Verdict],
+) -> int:
+    """Has another release be the current one, and says what became of it."""
+    from runner.engine import opened
+    from runner.engine.words import escaped
+    from runner.ui import progress
+
+    def listen(event: dict[str, Any]) -> None:
+        if options.json:
+            _print_json(event)
+        else:
+            print(progress.line_of(event))
+
+    with opened.at(options.recipe, options.workspace, options.overrides) as current:
+        verdict = decide(current, listen)
+    if options.json:
+        _print_json(verdict.event())
+    else:
+        print(escaped(verdict.text))
+    return 0
 
 
 def _gc(options: argparse.Namespace) -> int:
@@ -476,13 +624,19 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "validate": _validate,
     "plan": _plan,
     "apply": _apply,
+    "watch": _watch,
     "cat": _cat,
     "export-data": _export_data,
+    "export": _export,
     "preview": _preview,
     "chat": _chat,
+    "serve": _serve,
+    "add": _add,
     "status": _status,
     "diff": _diff,
     "verify": _verify,
+    "promote": _promote,
+    "rollback": _rollback,
     "gc": _gc,
     "push": _push,
     "doctor": _doctor,

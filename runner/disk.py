@@ -24,6 +24,9 @@ NAME_CHARS = 50
 """Of a name that a temporary one takes over: with four bytes each, it fits into 255."""
 
 _TEMPORARY = re.compile(r"\..+\.([0-9]{1,9})\.tmp", re.DOTALL)
+_NO_LINKS = {
+    getattr(errno, name, None) for name in ("EPERM", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EMLINK")
+}
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
@@ -34,6 +37,26 @@ def write_whole(path: Path, data: bytes, *, staged: Path | None = None) -> None:
     """
     with being_written(path, staged=staged) as beside:
         beside.write_bytes(data)
+
+
+def write_new(path: Path, data: bytes) -> bool:
+    """Writes a file that is not there, whole or not at all; False where it is there already, or
+    what was begun was taken away meanwhile."""
+    beside = _beside(path)
+    try:
+        beside.write_bytes(data)
+        sync_file(beside)
+        _name_new(beside, path)
+    except FileExistsError:
+        return False
+    except FileNotFoundError:  # taken for a dead process's by one that cannot see this one
+        if path.parent.is_dir():
+            return False
+        raise
+    finally:
+        beside.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return True
 
 
 @contextmanager
@@ -202,6 +225,18 @@ def _beside(path: Path) -> Path:
             if found and not _is_alive(int(found[1])):
                 path.with_name(name).unlink(missing_ok=True)
     return path.with_name(f".{stem}.{os.getpid()}.tmp")
+
+
+def _name_new(beside: Path, path: Path) -> None:
+    """Gives the file its name; unlike a rename, a link never takes the place of another file."""
+    try:
+        os.link(beside, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if path.exists():  # a file system without links, and a name nobody else will think of
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        beside.rename(path)
 
 
 def _is_alive(process: int) -> bool:

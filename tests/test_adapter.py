@@ -2,17 +2,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 
-from runner.errors import RunnerError
-from runner.model import adapter, identity, load, lora, score, token_files
+from runner.errors import PreconditionError, RunnerError
+from runner.model import adapter, identity, load, lora, merging, score, token_files
 from tests import chat_tokenizers, tiny_models
 from tests.tiny_models import Family
 
@@ -315,3 +320,185 @@ def test_text_loss_is_the_mean_over_tokens_of_all_texts(tmp_path: Path) -> None:
         nll -= logs.gather(1, ids[0, 1:, None]).sum().item()
         count += ids.shape[1] - 1
     assert score.text_loss(model, tokenizer, texts, 20) == pytest.approx(nll / count, rel=1e-5)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gemma3n"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_merging_tensor_by_tensor_gives_what_the_opened_model_gives(
+    family: Family, dtype: load.Dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_models.folder(tmp_path / "base", family)
+    trained = saved_adapter(base, tmp_path / "adapter")
+    adapter.merge(base, trained, tmp_path / "one", dtype=dtype)
+    monkeypatch.setattr(merging, "planned", lambda base, adapter, dtype: None)
+    adapter.merge(base, trained, tmp_path / "whole", dtype=dtype)
+    one, whole = (tmp_path / name / "model.safetensors" for name in ("one", "whole"))
+    assert one.read_bytes() == whole.read_bytes()
+
+
+def test_a_merged_model_is_cut_into_files_of_the_size_asked_for(tmp_path: Path) -> None:
+    base = tiny_models.folder(tmp_path / "base", tied=False)
+    trained = saved_adapter(base, tmp_path / "adapter")
+    adapter.merge(base, trained, tmp_path / "one", dtype="float32")
+    adapter.merge(base, trained, tmp_path / "many", dtype="float32", max_shard_bytes=40_000)
+    shards = sorted((tmp_path / "many").glob("*.safetensors"))
+    assert len(shards) > 2
+    assert shards[0].name == f"model-00001-of-{len(shards):05}.safetensors"
+    assert max(path.stat().st_size for path in shards) < 42_000
+    many = logits(load.causal_lm(tmp_path / "many", dtype="float32", device="cpu"))
+    one = logits(load.causal_lm(tmp_path / "one", dtype="float32", device="cpu"))
+    assert torch.equal(many, one)
+
+
+def test_a_base_in_several_files_merges_to_the_same_model(tmp_path: Path) -> None:
+    base = tiny_models.folder(tmp_path / "base", tied=False)
+    trained = saved_adapter(base, tmp_path / "adapter")
+    sharded = shutil.copytree(base, tmp_path / "sharded")
+    (sharded / "model.safetensors").unlink()
+    model = load.causal_lm(base, dtype="float32", device="cpu")
+    model.save_pretrained(sharded, max_shard_size="20KB")
+    adapter.merge(base, trained, tmp_path / "one", dtype="float32")
+    adapter.merge(sharded, trained, tmp_path / "other", dtype="float32")
+    one, other = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "other")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+MEASURED = """
+import resource, sys
+from pathlib import Path
+import torch
+from runner.model import merging
+root = Path(sys.argv[1])
+
+def merge(base, adapter, output):
+    output.mkdir()
+    tensors = merging.planned(base, adapter, torch.bfloat16)
+    merging.write(tensors, output, max_shard_bytes=32 << 20)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+merge(root / "little", root / "little-adapter", root / "warm")
+before = peak()
+merge(root / "large", root / "large-adapter", root / "merged")
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="counts memory as Unix does")
+def test_a_large_model_merges_in_the_memory_of_one_of_its_files(tmp_path: Path) -> None:
+    for name, width, layers in (("little", 8, 1), ("large", 1024, 8)):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}-adapter").mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+        (tmp_path / f"{name}-adapter" / "adapter_config.json").write_text(json.dumps(config))
+        parts = {}
+        for layer in range(layers):
+            rows = {f"l{layer}.w{n}": torch.randn(4 * width, width).bfloat16() for n in range(4)}
+            weights = {f"{place}.weight": rows[place] for place in rows}
+            save_file(weights, tmp_path / name / f"model-{layer}.safetensors")
+            for place in rows:
+                key = f"base_model.model.{place}.lora"
+                parts[f"{key}_A.weight"] = torch.randn(2, width)
+                parts[f"{key}_B.weight"] = torch.randn(4 * width, 2)
+        save_file(parts, tmp_path / f"{name}-adapter" / lora.WEIGHTS_FILE)
+    command = [sys.executable, "-c", MEASURED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    a_file = (tmp_path / "large" / "model-0.safetensors").stat().st_size
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) == 8
+    assert int(done.stdout) < 2 * a_file
+    shutil.rmtree(tmp_path / "large")
+    shutil.rmtree(tmp_path / "merged")
+
+
+def four_bit(base: Path, folder: Path) -> Path:
+    """The base as bitsandbytes keeps it in 4 bits."""
+    model = load.causal_lm(base, dtype="float32", four_bit=True, device="cpu")
+    model.save_pretrained(folder)
+    for path in adapter.tokenizer_files(base):
+        shutil.copy(path, folder)
+    return folder
+
+
+def test_a_base_in_4_bits_is_taken_for_what_those_stand_for(tmp_path: Path) -> None:
+    base = tiny_models.folder(tmp_path / "base")
+    trained = saved_adapter(base, tmp_path / "adapter")
+    adapter.merge(four_bit(base, tmp_path / "small"), trained, tmp_path / "one", dtype="float32")
+    held = load.causal_lm(base, dtype="float32", four_bit=True, device="cpu")
+    plain = load.causal_lm(base, dtype="float32", device="cpu")
+    with torch.no_grad():
+        for name, layer in held.named_modules():
+            if isinstance(layer, Linear4bit):
+                stands_for = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+                plain.get_submodule(name).weight.copy_(stands_for)  # type: ignore[operator,union-attr]
+    merged = load.causal_lm(tmp_path / "one", dtype="float32", device="cpu")
+    assert (logits(merged) - logits(lora.opened(plain, trained))).abs().max() <= 1e-4
+    assert "quantization_config" not in json.loads((tmp_path / "one" / "config.json").read_text())
+
+
+def test_nothing_is_merged_onto_quantised_weights_of_another_kind(tmp_path: Path) -> None:
+    base = tiny_models.folder(tmp_path / "base")
+    trained = saved_adapter(base, tmp_path / "adapter")
+
+    def quantised(config: dict[str, Any]) -> None:
+        config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+
+    other = edited(base, tmp_path / "other", "config.json", quantised)
+    with pytest.raises(RunnerError, match=r"weights are quantised \(gptq\)") as caught:
+        adapter.merge(other, trained, tmp_path / "merged", dtype="float32")
+    assert "the unquantised model" in caught.value.hint
+    assert not (tmp_path / "merged").exists()
+
+
+def test_damaged_safetensors_are_refused_and_nothing_else(tmp_path: Path) -> None:
+    base = tiny_models.folder(tmp_path / "base")
+    path = base / "model.safetensors"
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    chance = random.Random(5)
+    refused = 0
+    for _ in range(2000):
+        mutated = bytearray(whole[: 8 + length])
+        for _ in range(chance.randint(1, 3)):
+            mutated[chance.randrange(len(mutated))] = chance.choice(b'0{}[]",:9\xff\0')
+        path.write_bytes(bytes(mutated) + whole[8 + length :])
+        try:
+            merging.stored(base)
+        except PreconditionError:
+            refused += 1
+    assert refused > 1500
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ([], "its header is not a table"),
+        ({"w": {}}, "'w' is not described"),
+        ({"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, "'w' has the shape"),
+        ({"w": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}, "'w' has the shape"),
+        ({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, "takes 4 bytes, not 8"),
+        ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, "is not where the tensor"),
+        ({"w": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}, "holds F8_E4M3"),
+        ({}, "bytes, its header describes"),
+    ],
+)
+def test_a_safetensors_header_has_to_describe_its_file(
+    header: object, said: str, tmp_path: Path
+) -> None:
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(PreconditionError, match=said):
+        merging.stored(tmp_path)
+
+
+def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    index = {"weight_map": {"w": "../other.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(PreconditionError, match="names files outside of its folder"):
+        merging.stored(tmp_path)

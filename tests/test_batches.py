@@ -99,6 +99,62 @@ def test_rows_of_a_pack_change_one_another_where_they_are_not_isolated(
     assert float(mixed) != pytest.approx(float(alone), rel=1e-4)
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+@every_family
+def test_attention_row_by_row_has_the_loss_and_gradient_of_the_rows_one_by_one(
+    family: Family, method: str, tmp_path: Path
+) -> None:
+    model = opened(tiny_models.folder(tmp_path / "base", family), method)
+    rows = weighted()
+    expected_loss, expected = step(model, rows, [], pass_tokens=1)
+    batches.attend_by_rows(model)
+    for sizes in ([5], [2, 3], [1, 3, 1]):
+        loss, gradient = step(model, rows, sizes)
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        assert (gradient - expected).norm() / expected.norm() <= 1e-5
+
+
+def test_attention_row_by_row_is_the_same_where_activations_are_computed_again(
+    tmp_path: Path,
+) -> None:
+    model = opened(tiny_models.folder(tmp_path / "base"), "lora")
+    batches.attend_by_rows(model)
+    _, kept = step(model, weighted(), [5])
+    recovery.recompute(model)
+    _, again = step(model, weighted(), [5])
+    assert torch.equal(kept, again)
+
+
+def test_attention_row_by_row_makes_no_mask_but_for_sliding_windows(tmp_path: Path) -> None:
+    def masks(family: Family) -> set[bool]:
+        model = opened(tiny_models.folder(tmp_path / family, family), "lora")
+        assert batches.keeps_apart(model, weighted())
+        seen: set[bool] = set()
+        for name, module in model.named_modules():
+            if name.endswith("self_attn"):
+                module.register_forward_pre_hook(
+                    lambda _, args, kwargs: seen.add(kwargs["attention_mask"] is not None),
+                    with_kwargs=True,
+                )
+        step(model, weighted(), [5])
+        return seen
+
+    assert masks("llama") == {False}
+    assert masks("gemma3n") == {False, True}
+
+
+def test_a_model_that_hides_positions_from_its_attention_keeps_its_mask(tmp_path: Path) -> None:
+    model = opened(tiny_models.folder(tmp_path / "base"), "full")
+    for name, module in model.named_modules():
+        if name.endswith("self_attn"):
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs: (args, {**kwargs, "position_ids": None}), with_kwargs=True
+            )
+    assert batches.keeps_apart(model, weighted())
+    config: Any = model.config
+    assert config._attn_implementation == "sdpa"
+
+
 def test_a_pack_with_more_tokens_than_a_pass_is_cut_between_its_rows(tmp_path: Path) -> None:
     rows = weighted()
     pieces = batches.divided(rows, 40)
@@ -187,4 +243,4 @@ def test_attention_keeps_rows_apart(tmp_path: Path) -> None:
 def test_a_model_that_carries_a_state_from_row_to_row_is_noticed(config: Any) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
-    assert not batches.isolates(model, weighted())
+    assert not batches.keeps_apart(model, weighted())

@@ -64,7 +64,7 @@ def folder(tmp_path: Path) -> Folder:
 
 
 def names(compiled: Compiled) -> list[str]:
-    return [step.name for step in compiled.steps]
+    return list(dict.fromkeys(step.stage for step in compiled.steps))
 
 
 # What extends does
@@ -248,7 +248,7 @@ def test_every_mistake_is_shown_where_it_was_written(folder: Folder) -> None:
     text = TRAINING.replace("rank: 8", "rnk: 8")
     assert folder.over(base).problems(text, "train.epochs=many", "window.mod=x", "sede=3") == [
         "--set sede=3: no stage or setting named 'sede'; did you mean 'seed'?; there are "
-        "ingest, window, split, tokenize, train, base_model, seed",
+        "ingest, window, split, tokenize, train, base_model, seed, retrain",
     ]
     assert folder.over(base).problems(text, "train.epochs=many", "window.mod=x") == [
         "--set train.epochs=many: epochs in train must be a number, not 'many'",

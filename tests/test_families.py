@@ -245,6 +245,29 @@ def test_what_is_chosen_for_gemma_3n_is_said_in_words(
     assert families.choices(bases["llama"], "qlora") == ()
 
 
+def test_what_a_recipe_keeps_in_float32_itself_is_not_said_as_a_choice(
+    bases: dict[Family, Path],
+) -> None:
+    assert families.choices(bases["gemma3n"], "qlora", ("altup",)) == ()
+
+
+def test_a_recipe_that_leaves_out_what_gemma_3n_needs_in_float32_is_warned(
+    bases: dict[Family, Path],
+) -> None:
+    def said(*kept: str) -> tuple[str, ...]:
+        return families.warnings(
+            bases["gemma3n"],
+            method="qlora",
+            learning_rate=5e-6,
+            warmup_fraction=0.1,
+            float32_modules=kept,
+        )
+
+    (text,) = said("altup")
+    assert text.startswith("float32_modules leaves out lm_head")
+    assert said("altup", "lm_head", "down_proj") == ()
+
+
 def test_a_rate_that_is_too_high_for_gemma_3n_is_said_with_one_that_is_not(
     bases: dict[Family, Path],
 ) -> None:

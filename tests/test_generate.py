@@ -33,7 +33,7 @@ def test_replies_together_are_those_one_by_one(family: Family, tmp_path: Path) -
     model, tokenizer = opened(tiny_models.folder(tmp_path / "base", family))
     ends = generate.end_ids(model, tokenizer)
     expected = [one_by_one(model, prompt, 12, ends) for prompt in PROMPTS]
-    assert generate._greedy(model, PROMPTS, ends, 12) == expected
+    assert generate.greedy(model, PROMPTS, ends, 12) == expected
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
     found = generate.replies(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=3)
     assert [reply.text for reply in found] == texts

@@ -3,20 +3,26 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import math
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import gguf as gguf_package
 import numpy as np
 import pytest
 
 from runner.errors import PreconditionError, RunnerError
-from runner.model import gguf, gguf_header
+from runner.model import gguf, gguf_header, gguf_types
 from runner.model.gguf import Level
 from runner.model.gguf_header import TensorType
+from runner.model.importance import Importance, Matrix
 
 LEVELS: tuple[Level, ...] = get_args(Level)
 
@@ -44,6 +50,7 @@ SHAPES = {
     "llama-narrow": Shape("llama", 9, 96, 160, heads=3, heads_kv=3, tied=False),
     "smollm2": Shape("llama", 6, 64, 256, heads=4, heads_kv=1),
     "llama-70b": Shape("llama", 80, 256, 32, heads=8, heads_kv=1),
+    "qwen2": Shape("qwen2", 20, 256, 256, heads=8, heads_kv=2, tied=False),
     "qwen3": Shape("qwen3", 5, 256, 352),
     "gemma3": Shape("gemma3", 7, 160, 256, heads=4, heads_kv=1),
     "gemma3n": Shape(
@@ -67,13 +74,85 @@ SHAPES = {
 }
 
 
+WITH_IMPORTANCE = ("llama", "llama-narrow", "smollm2", "qwen3moe")
+
+RECORDED = Path(__file__).parent / "golden" / "gguf_hashes.json"
+"""Model and level to the hash of the whole file, as llama.cpp wrote it; made again, where
+llama-cpp-python is installed, with `python -m tests.test_gguf`."""
+
+
 def test_tensors_get_the_bytes_recorded_from_llama_cpp(tmp_path: Path) -> None:
-    recorded = json.loads((Path(__file__).parent / "data/gguf_sha256.json").read_text())
+    recorded = json.loads(RECORDED.read_text())
     assert {
         f"{name} {level}": _sha256(_quantized(tmp_path, SHAPES[name], level))
         for name in SHAPES
         for level in LEVELS
-    } == recorded
+    } == {key: sha256 for key, sha256 in recorded.items() if not key.endswith("importance")}
+
+
+def test_with_an_importance_matrix_too_the_bytes_are_those_recorded(tmp_path: Path) -> None:
+    recorded = json.loads(RECORDED.read_text())
+    assert {
+        f"{name} {level} importance": _sha256(_quantized(tmp_path, SHAPES[name], level, True))
+        for name in WITH_IMPORTANCE
+        for level in LEVELS
+    } == {key: sha256 for key, sha256 in recorded.items() if key.endswith("importance")}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_llama_cpp_writes_that_file_with_the_same_importance_matrix(
+    name: str, tmp_path: Path
+) -> None:
+    quantize_by_llama_cpp = _reference()
+    for level in LEVELS:
+        ours = _quantized(tmp_path, SHAPES[name], level, True)
+        theirs = tmp_path / "theirs.gguf"
+        quantize_by_llama_cpp(tmp_path / "source.gguf", theirs, level, _importance(SHAPES[name]))
+        assert ours.read_bytes() == theirs.read_bytes(), level
+
+
+def test_an_importance_matrix_changes_the_bytes_of_what_it_names_alone(tmp_path: Path) -> None:
+    def data(path: Path) -> dict[str, bytes]:
+        tensors = gguf_package.GGUFReader(path).tensors
+        return {tensor.name: tensor.data.tobytes() for tensor in tensors}
+
+    plain = data(_quantized(tmp_path, SHAPES["llama"], "q4_k_m"))
+    one = {"blk.3.attn_q.weight": np.linspace(0.1, 9, 256, dtype=np.float32)}
+    gguf.quantize(
+        tmp_path / "source.gguf",
+        tmp_path / "out.gguf",
+        "q4_k_m",
+        _ignore,
+        Importance(one, "x", "y", 1),
+    )
+    now = data(tmp_path / "out.gguf")
+    assert [name for name in plain if now[name] != plain[name]] == ["blk.3.attn_q.weight"]
+
+
+def test_a_file_says_which_importance_matrix_it_was_made_with(tmp_path: Path) -> None:
+    header = gguf_header.read(_quantized(tmp_path, SHAPES["qwen3"], "q2_k", True))
+    assert header.text("quantize.imatrix.file") == "importance.safetensors"
+    assert header.text("quantize.imatrix.dataset") == "ж texts"
+    assert header.integer("quantize.imatrix.entries_count") == 7 * 5
+    assert header.integer("quantize.imatrix.chunks_count") == 12
+    assert list(header.metadata)[-1] == "quantize.imatrix.chunks_count"
+
+
+@pytest.mark.parametrize(
+    ("matrix", "said"),
+    [
+        (np.ones(64, np.float32), r"blk\.0\.attn_q\.weight has 64 values, not 256"),
+        (np.full(256, np.nan, np.float32), r"blk\.0\.attn_q\.weight holds NaN"),
+    ],
+)
+def test_an_importance_matrix_of_another_model_is_refused(
+    matrix: Matrix, said: str, tmp_path: Path
+) -> None:
+    write_model(tmp_path / "source.gguf", SHAPES["qwen3"])
+    wrong = Importance({"blk.0.attn_q.weight": matrix}, "x", "y", 1)
+    with pytest.raises(RunnerError, match=said):
+        gguf.quantize(tmp_path / "source.gguf", tmp_path / "out", "q4_k_m", _ignore, wrong)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -103,6 +182,63 @@ def test_a_converted_model_carries_its_name_and_its_chat_template(converted: Pat
     assert header.integer("general.file_type") == 1
 
 
+def test_gguf_dump_shows_what_a_file_says_of_itself(described: Path, tmp_path: Path) -> None:
+    gguf.quantize(described, tmp_path / "style-iq4_xs.gguf", "iq4_xs", _ignore)
+    for path, file_type in ((described, 32), (tmp_path / "style-iq4_xs.gguf", 30)):
+        command = [sys.executable, "-P", "-m", "gguf.scripts.gguf_dump", "--json", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found = {
+            key: entry.get("value") for key, entry in json.loads(done.stdout)["metadata"].items()
+        }
+        general = {key: value for key, value in found.items() if key.startswith("general.")}
+        assert general == {
+            "general.architecture": "llama",
+            "general.type": "model",
+            "general.name": 'my style: "ж"',
+            "general.author": "A. Person",
+            "general.description": "Answers as I do.",
+            "general.size_label": general["general.size_label"],
+            "general.license": "apache-2.0",
+            "general.base_model.count": 1,
+            "general.base_model.0.name": "SmolLM2-135M-Instruct",
+            "general.base_model.0.organization": "HuggingFaceTB",
+            "general.base_model.0.repo_url": "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
+            "general.file_type": file_type,
+            "general.quantization_version": 2,
+        }
+        assert "<|im_start|>" in found["tokenizer.chat_template"]
+
+
+def test_a_file_says_nothing_that_was_not_told(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "Llama-9-7B-v3-secret").mkdir()
+    for path in tiny_base.iterdir():
+        shutil.copy(path, tmp_path / "Llama-9-7B-v3-secret")
+    (tmp_path / "Llama-9-7B-v3-secret" / "README.md").write_text("---\nauthor: somebody\n---\n")
+    gguf.convert(tmp_path / "Llama-9-7B-v3-secret", tmp_path / "x.gguf", "bf16", name="x")
+    header = gguf_header.read(tmp_path / "x.gguf")
+    said = {key for key in header.metadata if key.startswith("general.")}
+    assert said == {
+        *("general.architecture", "general.type", "general.name", "general.size_label"),
+        *("general.file_type", "general.quantization_version"),
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Llama-9-7B-v3-secret", "x.gguf"]
+
+
+def test_what_a_quantised_base_had_lost_is_said(
+    smollm2_gguf: Path, smollm2: Path, tmp_path: Path
+) -> None:
+    assert gguf.lost(smollm2_gguf) == (
+        f"the base model {smollm2_gguf.name} was quantised already (Q4_1, 5 bits a weight): what "
+        "that rounded away is missing from every file exported from it, whatever its level"
+    )
+    write_model(tmp_path / "plain.gguf", SHAPES["qwen3"])
+    assert gguf.lost(tmp_path / "plain.gguf") is None
+    assert gguf.lost(smollm2) is None
+    config = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "(bitsandbytes, 4 bits a weight)" in str(gguf.lost(tmp_path))
+
+
 def test_rows_that_fit_no_k_quant_get_llama_cpps_substitutes() -> None:
     def types(width: int, level: Level) -> TensorType:
         tensor = gguf_header.Tensor("blk.1.attn_q.weight", (width, 64), TensorType.F16, 0)
@@ -120,17 +256,19 @@ def test_libgguf_gives_the_same_bytes_as_ggml(
 ) -> None:
     if gguf._GGML_QUANTIZE is None:
         pytest.skip("this wheel of xllamacpp exports no ggml_quantize_chunk")
-    by_ggml = _sha256(_quantized(tmp_path, SHAPES["llama"], "q4_k_m"))
+    levels: tuple[Level, ...] = ("q4_k_m", "q4_0", "iq4_xs", "q3_k_m", "q2_k")
+    ways = [(level, important) for level in levels for important in (False, True)]
+    with_ggml = [_sha256(_quantized(tmp_path, SHAPES["llama"], *how)) for how in ways]
     monkeypatch.setattr(gguf, "_GGML_QUANTIZE", None)
-    assert _sha256(_quantized(tmp_path, SHAPES["llama"], "q4_k_m")) == by_ggml
+    assert [_sha256(_quantized(tmp_path, SHAPES["llama"], *how)) for how in ways] == with_ggml
 
 
 def test_a_tensor_of_many_blocks_is_the_same_as_in_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at_once = _sha256(_quantized(tmp_path, SHAPES["llama"], "q4_k_m"))
+    at_once = _sha256(_quantized(tmp_path, SHAPES["mixtral"], "q4_k_m", True))
     monkeypatch.setattr(gguf, "_BLOCK_WEIGHTS", 1000)
-    assert _sha256(_quantized(tmp_path, SHAPES["llama"], "q4_k_m")) == at_once
+    assert _sha256(_quantized(tmp_path, SHAPES["mixtral"], "q4_k_m", True)) == at_once
 
 
 def test_the_gguf_package_reads_back_what_was_written(tmp_path: Path) -> None:
@@ -220,14 +358,40 @@ def converted(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def described(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GGUF that says all it can about itself."""
+    path = tmp_path_factory.mktemp("described") / "tiny.gguf"
+    about = gguf.About(
+        author="A. Person",
+        licence="apache-2.0",
+        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        description="Answers as I do.",
+    )
+    gguf.convert(tiny_base, path, "bf16", name='my style: "ж"', about=about)
+    return path
+
+
 def _ignore(_done: int, _total: int) -> None:
     pass
 
 
-def _quantized(folder: Path, shape: Shape, level: Level) -> Path:
+def _quantized(folder: Path, shape: Shape, level: Level, important: bool = False) -> Path:
     write_model(folder / "source.gguf", shape)
-    gguf.quantize(folder / "source.gguf", folder / "ours.gguf", level, _ignore)
+    importance = _importance(shape) if important else None
+    gguf.quantize(folder / "source.gguf", folder / "ours.gguf", level, _ignore, importance)
     return folder / "ours.gguf"
+
+
+def _importance(shape: Shape) -> Importance:
+    """A matrix with an entry for each matrix of the layers, one row for each expert."""
+    random = np.random.RandomState(7)
+    matrices = {}
+    for name, (width, *rest) in _tensors(shape):
+        if name.startswith("blk.") and rest:
+            size = width * math.prod(min(count, 8) for count in rest[1:])
+            matrices[name] = random.standard_gamma(0.5, size).astype(np.float32) + 1e-3
+    return Importance(matrices, "importance.safetensors", "ж texts", 12)
 
 
 def _sha256(path: Path) -> str:
@@ -298,15 +462,72 @@ def _tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield block + "ffn_down.weight", (ff, width)
 
 
-def _reference() -> Callable[[Path, Path, Level], None]:
+def _reference() -> Callable[..., None]:
     """llama.cpp's own quantiser, where llama-cpp-python was built."""
     llama_cpp = pytest.importorskip("llama_cpp")
 
-    def quantize(source: Path, output: Path, level: Level) -> None:
+    def quantize(
+        source: Path, output: Path, level: Level, importance: Importance | None = None
+    ) -> None:
         params = llama_cpp.llama_model_quantize_default_params()
-        params.ftype = gguf._FILE_TYPES[level][0]
+        params.ftype = gguf_types.FILE_TYPES[level][0]
         params.nthread = 2
+        if importance is not None:
+            matrices = [
+                llama_cpp.llama_model_imatrix_data(
+                    name.encode(),
+                    matrix.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
+                    matrix.size,
+                )
+                for name, matrix in importance.matrices.items()
+            ]
+            ends = llama_cpp.llama_model_imatrix_data()
+            params.imatrix = (llama_cpp.llama_model_imatrix_data * (len(matrices) + 1))(
+                *matrices, ends
+            )
+            params.kv_overrides = _overrides(
+                llama_cpp,
+                {
+                    "file": importance.file,
+                    "dataset": importance.dataset,
+                    "entries_count": len(importance.matrices),
+                    "chunks_count": importance.chunks,
+                },
+            )
         names = os.fsencode(source), os.fsencode(output)
         assert llama_cpp.llama_model_quantize(*names, ctypes.byref(params)) == 0
 
     return quantize
+
+
+def _overrides(llama_cpp: Any, facts: dict[str, str | int]) -> Any:
+    """What llama.cpp's program for quantising sets beside an importance matrix."""
+    entries = (llama_cpp.llama_model_kv_override * (len(facts) + 1))()  # the last one is empty
+    for entry, (key, value) in zip(entries, facts.items(), strict=False):
+        entry.key = f"quantize.imatrix.{key}".encode()
+        if isinstance(value, str):
+            entry.tag, entry.value.val_str = 3, value.encode()
+        else:
+            entry.tag, entry.value.val_i64 = 0, value
+    return entries
+
+
+def record() -> None:
+    """Writes the table of hashes anew, from the files that llama.cpp itself writes."""
+    quantize_by_llama_cpp = _reference()
+    hashes = {}
+    with tempfile.TemporaryDirectory() as folder:
+        source, theirs = Path(folder) / "source.gguf", Path(folder) / "theirs.gguf"
+        for name, shape in SHAPES.items():
+            write_model(source, shape)
+            for level in LEVELS:
+                quantize_by_llama_cpp(source, theirs, level)
+                hashes[f"{name} {level}"] = _sha256(theirs)
+                if name in WITH_IMPORTANCE:
+                    quantize_by_llama_cpp(source, theirs, level, _importance(shape))
+                    hashes[f"{name} {level} importance"] = _sha256(theirs)
+    RECORDED.write_text(json.dumps(hashes, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    record()

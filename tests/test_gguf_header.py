@@ -23,6 +23,7 @@ def model(tmp_path: Path) -> Path:
     writer = gguf_package.GGUFWriter(path, "llama")
     writer.add_name("tiny")
     writer.add_block_count(3)
+    writer.add_head_count([8, 8, 4])
     writer.add_float32("llama.rope.freq_base", 1e4)
     writer.add_bool("tokenizer.ggml.add_bos_token", True)
     writer.add_array("tokenizer.ggml.tokens", ["a", "ж"])
@@ -44,6 +45,10 @@ def test_a_header_says_what_the_file_holds(model: Path) -> None:
     assert header.integer("llama.rope.freq_base") is None
     assert header.text("llama.block_count") is None
     assert header.integer("no.such.key") is None
+    assert header.integer("llama.attention.head_count") is None
+    assert header.first_integer("llama.attention.head_count") == 8
+    assert header.first_integer("llama.block_count") == 3
+    assert header.first_integer("tokenizer.ggml.scores") is None
     embedding, norm = header.tensors
     assert (embedding.name, embedding.shape, embedding.type) == (
         "token_embd.weight",
@@ -116,13 +121,15 @@ def test_mutated_headers_raise_nothing_else_and_take_no_memory(model: Path) -> N
     whole = model.read_bytes()
     chance = random.Random(17)
     tracemalloc.start()
-    for _ in range(1000):
+    for _ in range(4000):
         mutated = bytearray(whole)
         for _ in range(chance.randint(1, 4)):
             mutated[chance.randrange(512)] = chance.choice([0, 1, 127, 255, chance.randrange(256)])
         model.write_bytes(mutated)
         with contextlib.suppress(PreconditionError):
-            gguf_header.read(model)
+            header = gguf_header.read(model)
+            for key in header.metadata:
+                header.text(key), header.first_integer(key)
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak_bytes < 4 << 20

@@ -3,7 +3,8 @@ names them: each a sequence of its own, through the model's own forward."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -264,6 +265,16 @@ def trained(model: Any, tokens: Path, limits: recovery.Limits) -> Tensor:
     return gradient(model)
 
 
+@contextmanager
+def by_rows(model: Any) -> Iterator[None]:
+    """Packed rows are attended to one by one, as in a training on a CPU."""
+    batches.attend_by_rows(model)
+    try:
+        yield
+    finally:
+        batches.attend_as_ever(model)
+
+
 def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
@@ -280,6 +291,35 @@ def test_chains_have_the_gradient_of_the_separate_windows(
     found = trained(bench.model(family, "lora", torch.float32), tokens, limits)
     expected = bench.separate(family, "lora", torch.float32, *made, CHATML)
     assert difference(found, expected) <= 1e-5
+
+
+@every_kind
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gemma3n"])
+def test_packs_attended_to_row_by_row_have_the_gradient_of_the_separate_windows(
+    family: Family, kinds: Kinds, bench: Bench
+) -> None:
+    made = (kinds, "last_reply", "one")
+    tokens = bench.tokens(family, *made, True, CHATML)
+    model = bench.model(family, "lora", torch.float32)
+    with by_rows(model):
+        found = trained(model, tokens, recovery.Limits(None, 2048))
+    expected = bench.separate(family, "lora", torch.float32, *made, CHATML)
+    assert difference(found, expected) <= 1e-5
+
+
+@every_division
+@every_kind
+@every_family
+def test_packs_attended_to_row_by_row_have_the_same_gradient_in_float64(
+    family: Family, kinds: Kinds, limits: recovery.Limits, bench: Bench
+) -> None:
+    made = (kinds, "every_reply", "count")
+    tokens = bench.tokens(family, *made, True, CHATML)
+    model = bench.model(family, "lora", torch.float64)
+    with by_rows(model):
+        found = trained(model, tokens, limits)
+    expected = bench.separate(family, "lora", torch.float64, *made, CHATML)
+    assert difference(found, expected) <= 1e-7
 
 
 @pytest.mark.parametrize("duplicates", ["one", "count"])

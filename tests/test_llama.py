@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import time
@@ -56,6 +57,50 @@ def test_messages_longer_than_the_context_are_refused_and_the_model_lives_on(
         list(llama.reply([{"role": "user", "content": "sea " * 600}], max_tokens=8))
     assert caught.value.hint == "give it fewer or shorter messages, or a larger context"
     assert "Paris" in "".join(llama.reply([SYSTEM, FRANCE], max_tokens=32))
+
+
+def test_ids_are_gone_on_from_as_they_are(llama: Llama) -> None:
+    _, ids = llama.opened([SYSTEM, FRANCE])
+    found = llama.continued(ids, max_tokens=32, likeliest=1000)
+    text = "".join(llama.reply([SYSTEM, FRANCE], max_tokens=32))
+    assert found.ids == (*llama.tokenised(text), *llama.tokenised("<|im_end|>"))
+    assert found.ended
+    assert found.likeliest[0] == found.ids[0]
+    assert 0.97 < sum(map(math.exp, found.logprobs)) <= 1
+
+
+def test_what_would_come_next_does_not_depend_on_what_was_asked_before(llama: Llama) -> None:
+    _, ids = llama.opened([SYSTEM, FRANCE])
+    alone = llama.continued(ids, max_tokens=1, likeliest=3)
+    llama.continued([*ids, *llama.tokenised("The capital")], max_tokens=1, likeliest=3)
+    again = llama.continued(ids, max_tokens=1, likeliest=3)
+    assert again.likeliest == alone.likeliest
+    assert again.logprobs == pytest.approx(alone.logprobs, abs=1e-3)
+    assert not again.ended
+
+
+def test_half_a_letter_has_its_probability_too(llama: Llama) -> None:
+    ids = llama.tokenised("жжжжжжжжжжжжжжжж")
+    found = llama.continued(ids[:-1], max_tokens=2, likeliest=5)
+    assert found.likeliest[0] == found.ids[0]
+    assert len(found.ids) == 2
+
+
+def test_a_text_has_no_token_put_before_it_and_its_control_tokens_are_read(llama: Llama) -> None:
+    assert llama.tokenised("<|im_end|>") == [2]
+    assert llama.tokenised("") == []
+
+
+def test_a_chat_is_opened_by_the_template_in_the_file(llama: Llama) -> None:
+    text, ids = llama.opened([SYSTEM, FRANCE])
+    assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
+    assert text.endswith("<|im_start|>assistant\n")
+    assert ids == llama.tokenised(text)
+
+
+def test_an_id_that_the_model_does_not_have_is_refused(llama: Llama) -> None:
+    with pytest.raises(RunnerError, match="Prompt contains invalid tokens"):
+        llama.continued([1, 999_999], max_tokens=1, likeliest=1)
 
 
 def test_a_model_that_died_says_so(smollm2_gguf: Path) -> None:

@@ -335,6 +335,48 @@ def test_rows_longer_than_a_sliding_window_cost_a_mask() -> None:
     assert short.activations + masks < long.activations < short.activations + 3 * masks
 
 
+def first(room: int, *, most: int = 2048, may_recompute: bool = True) -> memory.Pass:
+    asked = Training(method="lora", max_tokens=512, device="cpu")
+    return memory.first_pass(FIRST, asked, room, most=most, may_recompute=may_recompute)
+
+
+FIRST = model(LLAMA_1B)
+
+
+def needed(rows: int, *, recompute: bool = False) -> int:
+    asked = Training(
+        method="lora", max_tokens=512, device="cpu", micro_batch=rows, recompute=recompute
+    )
+    return memory.estimate(FIRST, asked).total
+
+
+def test_a_training_begins_with_all_that_is_wanted_where_it_fits() -> None:
+    assert first(needed(4), most=2100) == memory.Pass(2100, False, False)
+
+
+def test_a_training_begins_with_as_many_rows_as_fit() -> None:
+    assert first(needed(4) - 1) == memory.Pass(3 * 512, False, True)
+    assert first(needed(1)) == memory.Pass(512, False, True)
+
+
+def test_activations_are_computed_again_only_where_one_row_does_not_fit_else() -> None:
+    assert first(needed(1) - 1).recompute
+    assert not first(needed(1) - 1, may_recompute=False).recompute
+    assert first(needed(2, recompute=True)) == memory.Pass(2 * 512, True, True)
+
+
+def test_where_nothing_fits_a_training_begins_with_one_row() -> None:
+    assert first(1) == memory.Pass(512, True, True)
+
+
+def test_a_pass_of_other_tokens_has_rows_that_are_no_longer() -> None:
+    asked = Training(max_tokens=512)
+    for tokens in (1, 300, 512, 2048, 2033):
+        of_pass = memory.of_tokens(asked, tokens)
+        assert of_pass.max_tokens <= 512
+        assert abs(of_pass.tokens - tokens) < 4
+
+
 def test_a_line_names_the_sum_its_large_parts_and_whether_it_fits() -> None:
     training = Training(method="qlora", recompute=True)
     said = memory.estimate(model(QWEN3_4B), training)

@@ -186,6 +186,12 @@ def with_other_weights(recipe: Path) -> None:
     path.write_text(path.read_text() + "\n")
 
 
+def with_a_release(recipe: Path) -> None:
+    replaced("name: small", "name: small\nretrain: {mode: continue}")(recipe)
+    apply(recipe)
+    replaced("0.0001", "0.0002")(recipe)
+
+
 def made_by_an_older_version(recipe: Path) -> None:
     lockfile = recipe.with_suffix(".lock")
     said = lockfile.read_text()
@@ -222,6 +228,7 @@ WHY: dict[str, tuple[Callable[[Path], None], str, list[str], str, Any, Any]] = {
         with_other_weights,
         *("tokenize", [], "the base model is another one", HASH, HASH),
     ),
+    "parent": (with_a_release, "train", [], "it continues from release 1", None, HASH),
     "seed": (
         replaced("name: small", "name: small\nseed: 18"),
         *("train", [], "seed 17 → 18", 17, 18),
@@ -269,7 +276,7 @@ def test_every_reason_is_in_the_json_with_both_values_and_a_sentence_in_the_text
     change, stage, arguments, sentence, old, new = WHY[reason]
     rensa = ["1.0"]
     monkeypatch.setattr(environment, "_version", lambda name: rensa[-1])
-    if reason in ("base model", "seed"):
+    if reason in ("base model", "parent", "seed"):
         recipe = copy_of_trained(tmp_path)
     else:
         counted = "    rerun_on: [env]\n" if reason == "environment" else ""

@@ -92,6 +92,7 @@ def test_the_whole_way_with_a_tiny_model(tmp_path: Path, tiny_base: Path) -> Non
         "small-q8_0.gguf",
         "small-q4_k_m.gguf",
         "Modelfile",
+        "README.md",
     }
     report = json.loads((made / "evaluate" / "report.json").read_text())
     assert report["prompts"] == 2
@@ -119,12 +120,10 @@ def test_the_whole_way_with_a_tiny_model(tmp_path: Path, tiny_base: Path) -> Non
     assert set(json.loads(both.stdout)) == {"prompt", "base", "tuned"}
 
     path.write_text(path.read_text().replace("1e-3", "2e-3"))
-    assert states(path) == {
-        **dict.fromkeys(ALL, "skip"),
-        **dict.fromkeys(["train", "evaluate", "export"], "run"),
-    }
+    ran = {name.partition("/")[0] for name, state in states(path).items() if state == "run"}
+    assert ran == {"train", "evaluate", "export"}
     assert causes(path, "train") == ["learning_rate 0.001 → 0.002"]
-    assert causes(path, "export") == ["train runs first"]
+    assert causes(path, "export/adapter") == ["train runs first"]
 
 
 @pytest.mark.parametrize("method", ["qlora", "full"])

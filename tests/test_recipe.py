@@ -185,7 +185,8 @@ def test_defaults_are_frozen() -> None:
 
 
 def test_the_recipe_class_has_no_other_fields() -> None:
-    assert list(Recipe.model_fields) == ["name", "extends", "base_model", "seed", "stages"]
+    fields = ["name", "extends", "base_model", "seed", "retrain", "stages"]
+    assert list(Recipe.model_fields) == fields
 
 
 @pytest.mark.parametrize(

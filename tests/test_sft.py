@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -24,6 +25,7 @@ from runner.model import (
     packing,
     recovery,
     score,
+    sft,
     token_files,
     verdicts,
 )
@@ -408,7 +410,8 @@ def test_without_eval_rows_the_last_checkpoint_is_written(base: Path, tmp_path: 
     found = tiny_models.trained(base, files, tmp_path, events=events)
     assert found["kept_step"] == found["steps"] == 4
     assert "eval_loss" not in found
-    assert [e["text"] for e in events if e["event"] == "verdict"] == [*verdicts.before(8)]
+    said = [event["text"] for event in events if event["event"] == "verdict"]
+    assert said[:-1] == [*verdicts.before(8)]
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_conversation(base: Path, tmp_path: Path) -> None:
@@ -436,9 +439,7 @@ def test_a_full_disk_is_said_with_the_bytes_needed_and_costs_no_checkpoint(
             full = usage._replace(free=1000)
             monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
 
-    with pytest.raises(
-        PreconditionError, match=r"the disk is full: \d+ MB are needed, 0 MB are free"
-    ):
+    with pytest.raises(InterruptedRun, match=r"the disk is full: \d+ MB are needed, 0 MB are free"):
         tiny_models.trained(base, files, tmp_path, emit=emit)
     assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["step-000002"]
     monkeypatch.undo()
@@ -497,7 +498,7 @@ def test_a_training_without_room_stops_and_goes_on_from_its_last_checkpoint(
     tiny_models.trained(base, files, tmp_path / "large", max_steps=5, **WIDE)
     with small_disk(tmp_path / "small", "3600k"):
         with pytest.raises(
-            PreconditionError, match="the disk is full: 2 MB are needed, 2 MB are free"
+            InterruptedRun, match="the disk is full: 2 MB are needed, 2 MB are free"
         ) as caught:
             tiny_models.trained(base, files, tmp_path / "small", max_steps=5, **WIDE)
         assert caught.value.hint.endswith("the training goes on after step 1")
@@ -507,6 +508,57 @@ def test_a_training_without_room_stops_and_goes_on_from_its_last_checkpoint(
         tiny_models.trained(base, files, tmp_path / "small", events=events, max_steps=5, **WIDE)
         assert [e["step"] for e in events if "loss" in e] == [2, 3, 4, 5]
         assert_same_bits(tmp_path / "large", tmp_path / "small")
+
+
+def test_a_disk_that_is_full_before_the_first_checkpoint_is_no_pause(
+    base: Path, files: Path, tmp_path: Path
+) -> None:
+    with (
+        small_disk(tmp_path / "small", "1m"),
+        pytest.raises(PreconditionError, match="the disk is full: 2 MB are needed") as caught,
+    ):
+        tiny_models.trained(base, files, tmp_path / "small", max_steps=5, **WIDE)
+    assert caught.value.hint.endswith("the training goes on from the start")
+
+
+def test_a_pause_for_want_of_disk_is_in_the_log_with_the_bytes_needed(
+    base: Path, files: Path, tmp_path: Path
+) -> None:
+    events: list[dict[str, Any]] = []
+    with small_disk(tmp_path / "small", "3600k"), pytest.raises(InterruptedRun):
+        tiny_models.trained(base, files, tmp_path / "small", events=events, max_steps=5, **WIDE)
+    assert events[-1]["text"].startswith(
+        "the training pauses, its state is saved: the disk is full: 2 MB are needed"
+    )
+
+
+def test_the_measured_peak_stands_beside_the_estimate(
+    base: Path, files: Path, tmp_path: Path
+) -> None:
+    events: list[dict[str, Any]] = []
+    metrics = tiny_models.trained(base, files, tmp_path, events=events)
+    assert re.fullmatch(
+        r"peak memory .* [GM]B; .* [GM]B was estimated \([+-]\d+%\)", events[-1]["text"]
+    )
+    assert metrics["estimated_memory_bytes"] > 6e8  # of Python and its libraries alone
+
+
+def test_passes_begin_as_large_as_the_estimate_says_and_give_the_same(
+    base: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tiny_models.trained(base, files, tmp_path / "whole")
+    said = float(whole["estimated_memory_bytes"])
+    for name, less, words in (
+        ("fewer", 3_000, "passes of "),
+        ("none", said, "activations are computed twice"),
+    ):
+        room = round(said - less)
+        monkeypatch.setattr(sft, "_memory_of", lambda device, room=room: room)
+        events: list[dict[str, Any]] = []
+        tiny_models.trained(base, files, tmp_path / name, events=events)
+        assert any(e.get("text", "").startswith(words) for e in events), (name, events)
+        for key, one in weights(tmp_path / "whole").items():
+            assert torch.allclose(one, weights(tmp_path / name)[key], atol=1e-4), key
 
 
 def test_a_disk_that_fills_in_the_middle_of_any_write_damages_nothing(
@@ -521,9 +573,12 @@ def test_a_disk_that_fills_in_the_middle_of_any_write_damages_nothing(
             error = None
             try:
                 tiny_models.trained(base, files, work, every_steps=1)
-            except PreconditionError as caught:
+            except (PreconditionError, InterruptedRun) as caught:
                 error = caught
             if error:
+                # A pause, where there is something to go on from.
+                saved, _ = checkpoint.published(work / "scratch")
+                assert error.exit_code == (75 if saved else 3)
                 assert "the disk is full: 0 MB are needed" in error.message
                 in_the_middle += error.__cause__.__cause__ is not None  # not by check_room
                 assert not (work / "output").exists()
@@ -546,7 +601,7 @@ def test_a_model_without_room_is_written_from_the_checkpoint_by_the_next_run(
             filler.write_bytes(bytes(shutil.disk_usage(tmp_path / "small").free))
 
     with small_disk(tmp_path / "small", "3m"):
-        with pytest.raises(PreconditionError, match="the disk is full") as caught:
+        with pytest.raises(InterruptedRun, match="the disk is full") as caught:
             tiny_models.trained(base, files, tmp_path / "small", emit=emit)
         assert caught.value.hint.endswith("the training goes on after step 6")
         assert not (tmp_path / "small" / "output").exists()

@@ -24,6 +24,7 @@ from runner.errors import InterruptedRun, PreconditionError, RecipeError, Runner
 CODES: dict[int, type[RunnerError]] = {
     kind.exit_code: kind for kind in (InterruptedRun, PreconditionError, RecipeError, RunnerError)
 }
+SAVED = InterruptedRun.exit_code
 ORPHAN_WAIT_S = 120.0
 """How long a training that lost its parent may take to save before it is killed."""
 
@@ -51,28 +52,34 @@ def run(
             stdin.write(worker.as_json(job).encode())
         # The child is in a session of its own: ctrl-C reaches it through us, whatever we are at.
         asked_to_stop = False
+        failure: Exception | None = None
         while True:
             try:
                 line = child.stdout.readline()
-                if not line:
+                if not line.endswith(b"\n"):  # it has ended, perhaps amid a line
                     break
                 event = json.loads(line)
                 if event["event"] == "result":
                     result = event["metrics"]
                 elif event["event"] == "error":
                     error = event
-                else:
+                elif failure is None:
                     emit(event)
             except KeyboardInterrupt:
                 child.kill() if asked_to_stop else child.terminate()
                 asked_to_stop = True
+            except Exception as raised:  # of who listens; the child is heard out while it saves
+                failure = raised
+                child.terminate()
         code = child.wait()
         debug("%s: child %d ended with %d; its output: %s", step.name, child.pid, code, log_path)
+    if failure is not None and not (isinstance(failure, OSError) and code == SAVED):
+        raise failure
     if code == 0 and result is not None:
         return result
     if error is not None:
         raise CODES.get(code, RunnerError)(error["message"], hint=error["hint"])
-    if asked_to_stop or code == InterruptedRun.exit_code:
+    if asked_to_stop or code == SAVED:
         raise InterruptedRun(
             f"{step.name} was interrupted; what was finished is kept",
             hint="run the same command to continue",

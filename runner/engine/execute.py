@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from runner import disk
-from runner.engine import commit, store
+from runner.engine import commit, release, store
 from runner.engine.opened import Opened
 from runner.engine.plan import EVERYTHING, Choice, Planned
+from runner.engine.release import Verdict
 from runner.engine.workspace import Workspace
 from runner.errors import BusyError, PreconditionError
 
@@ -28,7 +29,11 @@ def apply(
     """
     planned = current.plan(choice)
     _refuse(planned)
-    if all(step.state == "skip" for step in planned) and commit.is_settled(current, planned):
+    if (
+        all(step.state == "skip" for step in planned)
+        and commit.is_settled(current, planned)
+        and (choice.locked or release.is_settled(current))
+    ):
         store.register(current.workspace)
         for output in filter(None, (step.output for step in planned)):
             store.use(current.workspace, output)
@@ -44,6 +49,7 @@ def apply(
             for step in planned:
                 commit.output(current, step)
             commit.drop_links(current)
+            release.consider(current, listen, decides=not choice.locked)
             _clear_left(current)
         else:
             from runner.engine import cost, run  # they take time, and there is often nothing to do
@@ -77,6 +83,18 @@ def push(current: Opened) -> list[Planned]:
             if planned.output and current.elsewhere.holds(planned.output):
                 there.append(planned)
     return there
+
+
+def promote(current: Opened, listen: Listener) -> Verdict:
+    """Makes what was made last the current release."""
+    with _locked(current, True, listen):
+        return release.promote(current)
+
+
+def rollback(current: Opened, listen: Listener, number: int | None = None) -> Verdict:
+    """Makes the release before, or that of the number, the current one."""
+    with _locked(current, True, listen):
+        return release.rollback(current, number)
 
 
 def _refuse(planned: tuple[Planned, ...]) -> None:

@@ -23,13 +23,16 @@ def components(
     base_model: str | None,
     seed: int | None,
     env: str | None = None,
+    parent: str | None = None,
+    replay: float | None = None,
 ) -> Components:
     """What decides an output: plain data, without the parts that a stage does not have.
 
     `settings` holds only values other than the default, so that a setting added later changes no
     key; `inputs` the content hashes of the artifacts read; `sources` the hash of the manifest of
     source files; `base_model` the hash of its files, or hub id and commit; `env` that of library
-    versions and GPU, for stages that are to run again when these change.
+    versions and GPU, for stages that are to run again when these change; `parent` the content hash
+    of the model that a training goes on from, which then sees the share `replay` of old data again.
     """
     found: Components = {
         "kind": kind,
@@ -40,6 +43,8 @@ def components(
         "base_model": base_model,
         "seed": seed,
         "env": env,
+        "parent": parent,
+        "replay": replay,
     }
     return {name: value for name, value in found.items() if value not in (None, {})}
 

@@ -1,7 +1,8 @@
 """The lockfile beside a recipe: facts, one a line, that git can merge by taking the lines of both.
 
 A line is `- {JSON}`, so the file is a YAML list and needs no YAML parser. A fact says that a stage
-with these components (see `key`) gave this output; a pin says which commit a hub model is.
+with these components (see `key`) gave this output; a pin says which commit a hub model is; a
+release says which model was accepted, and is never changed: a later one takes its place.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ HEADER = (
 )
 HASH = re.compile("[0-9a-f]{64}")
 PARTS = ("kind", "version", "settings", "inputs", "sources", "base_model", "seed", "env")
-FACT_PARTS = frozenset(("stage", "output", *PARTS))
+CONTINUED = ("parent", "replay")
+"""The parts of a training that goes on from another model."""
+FACT_PARTS = frozenset(("stage", "output", *PARTS, *CONTINUED))
+RELEASE_PARTS = frozenset(("release", "outputs", "models", "from", "kept_aside"))
+_STEP = re.compile(r"[^\W_][\w.-]{0,63}(/[^\W_][\w.-]{0,63})?")
+"""A stage, or a part of one; a release makes links of these names."""
 CONFLICT_MARKERS = ("<<<<<<<", "=======", ">>>>>>>", "|||||||")
 
 
@@ -44,13 +50,35 @@ class Pin(NamedTuple):
     commit: str
 
 
+class Release(NamedTuple):
+    """A model that was accepted, with all that was made of it: stage → output.
+
+    `models` holds for each training in it what has to be the same to go on from it, and its parent.
+    `origin` is the number of the release that a rollback went back to. One that is `kept_aside` was
+    found worse than release `number`, and is none.
+    """
+
+    number: int
+    outputs: dict[str, str]
+    models: dict[str, Any] = {}  # noqa: RUF012 (a tuple's default, never changed)
+    origin: int | None = None
+    kept_aside: bool = False
+
+
 class Lock(NamedTuple):
     facts: tuple[Fact, ...] = ()
     pins: tuple[Pin, ...] = ()
+    releases: tuple[Release, ...] = ()
 
     def of_stage(self, name: str) -> Fact | None:
         """The last fact of a stage; after a merge there may be several, all of them true."""
         return next((fact for fact in reversed(self.facts) if fact.stage == name), None)
+
+    @property
+    def release(self) -> Release | None:
+        """The current one: of two with the highest number, after a merge, always the same."""
+        accepted = (one for one in self.releases if not one.kept_aside)
+        return max(accepted, default=None, key=lambda r: (r.number, key.canonical(r.outputs)))
 
     def commit_of(self, base_model: str) -> str | None:
         return next((p.commit for p in reversed(self.pins) if p.base_model == base_model), None)
@@ -76,16 +104,27 @@ def parsed(data: bytes, name: str) -> Lock:
         raise _no_fact(name, data.count(b"\n", 0, error.start) + 1) from None
     facts: list[Fact] = []
     pins: list[Pin] = []
+    releases: list[Release] = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip() or line.startswith(("#", *CONFLICT_MARKERS)):
             continue
         record = _record(name, number, line)
-        if "commit" in record:
+        if "release" in record:
+            release = Release(
+                record["release"],
+                record["outputs"],
+                record.get("models", {}),
+                record.get("from"),
+                record.get("kept_aside", False),
+            )
+            if release not in releases:  # both sides of a merge may have it
+                releases.append(release)
+        elif "commit" in record:
             pins.append(Pin(record["base_model"], record["commit"]))
         else:
             parts = {k: v for k, v in record.items() if k not in ("stage", "output")}
             facts.append(Fact(record["stage"], record["output"], parts))
-    return Lock(tuple(facts), tuple(pins))
+    return Lock(tuple(facts), tuple(pins), tuple(releases))
 
 
 def hashes(data: bytes) -> set[str]:
@@ -97,7 +136,8 @@ def text_of(lock: Lock) -> str:
     """The exact text of the file."""
     pins = ({"base_model": pin.base_model, "commit": pin.commit} for pin in lock.pins)
     facts = ({"stage": f.stage, "output": f.output, **f.parts} for f in lock.facts)
-    return HEADER + "".join(f"- {_line(record)}\n" for record in (*pins, *facts))
+    records = (*pins, *facts, *map(_release, lock.releases))
+    return HEADER + "".join(f"- {_line(record)}\n" for record in records)
 
 
 def write(path: Path, lock: Lock) -> None:
@@ -110,13 +150,24 @@ def write(path: Path, lock: Lock) -> None:
 def updated(lock: Lock, fact: Fact, stages: Iterable[str]) -> Lock:
     """The lock with `fact` as the only one of its stage, in the order of the recipe's stages."""
     latest = {known.stage: known for known in lock.facts} | {fact.stage: fact}
-    return Lock(tuple(latest[name] for name in stages if name in latest), lock.pins)
+    return lock._replace(facts=tuple(latest[name] for name in stages if name in latest))
+
+
+def _release(release: Release) -> dict[str, Any]:
+    record: dict[str, Any] = {"release": release.number, "outputs": release.outputs}
+    if release.models:
+        record["models"] = release.models
+    if release.origin is not None:
+        record["from"] = release.origin
+    return {**record, "kept_aside": True} if release.kept_aside else record
 
 
 def _record(name: str, number: int, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line.removeprefix("- "))
-        if isinstance(record, dict) and (_is_pin(record) or _is_fact(record)):
+        if isinstance(record, dict) and any(
+            is_one(record) for is_one in (_is_pin, _is_fact, _is_release)
+        ):
             key.canonical(record)  # refuses NaN, and what is nested too deep
             return record
     except (ValueError, RecursionError):
@@ -138,13 +189,38 @@ def _is_fact(record: dict[str, Any]) -> bool:
         and _all((record["version"], record.get("seed", 0)), int)
         and isinstance(record.get("settings", {}), dict)
         and isinstance(inputs, dict)
-        and all(
-            isinstance(h, str) and HASH.fullmatch(h) for h in (record["output"], *inputs.values())
+        and _all((record.get("replay", 0),), (int, float))
+        and ("parent" in record) == ("replay" in record)
+        and _are_hashes(
+            (record["output"], *inputs.values(), record.get("parent", record["output"]))
         )
     )
 
 
-def _all(values: Iterable[object], kind: type) -> bool:
+def _is_release(record: dict[str, Any]) -> bool:
+    """The same of a release: a whole number from 1 up, and hashes that no path can be made of."""
+    outputs, models = record.get("outputs"), record.get("models", {})
+    numbers = (record.get("release"), record.get("from", 1))
+    return (
+        {"release", "outputs"} <= record.keys() <= RELEASE_PARTS
+        and all(type(number) is int and number > 0 for number in numbers)
+        and isinstance(outputs, dict)
+        and bool(outputs)
+        and _are_hashes(outputs.values())
+        and all(_STEP.fullmatch(name) for name in outputs)
+        and isinstance(models, dict)
+        and models.keys() <= outputs.keys()
+        and _all(models.values(), dict)
+        and _are_hashes(model["parent"] for model in models.values() if "parent" in model)
+        and record.get("kept_aside", True) is True
+    )
+
+
+def _are_hashes(values: Iterable[object]) -> bool:
+    return all(isinstance(value, str) and HASH.fullmatch(value) for value in values)
+
+
+def _all(values: Iterable[object], kind: type | tuple[type, ...]) -> bool:
     return all(isinstance(value, kind) for value in values)
 
 

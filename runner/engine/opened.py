@@ -27,6 +27,8 @@ class Opened(NamedTuple):
     workspace: Workspace
     state: State
     elsewhere: Elsewhere
+    aside: bool = False
+    """Outputs are made and known, and lockfile and links stay as they are."""
 
     @property
     def lock_path(self) -> Path:
@@ -50,6 +52,7 @@ class Opened(NamedTuple):
         except PreconditionError as error:
             problem = error
         chosen = choice.stages(self.compiled) if choice != plan.EVERYTHING else None
+        force = plan.names(self.compiled, choice.force)
         return plan.World(
             self.workspace,
             self.state,
@@ -57,8 +60,10 @@ class Opened(NamedTuple):
             self.elsewhere,
             base,
             base_problem=problem,
-            choice=choice,
+            choice=choice._replace(force=tuple(sorted(force))),
             chosen=chosen,
+            steps=self.compiled.steps,
+            retrain=self.compiled.retrain,
         )
 
     def plan(self, choice: plan.Choice = plan.EVERYTHING) -> tuple[plan.Planned, ...]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from runner import disk
-from runner.engine import environment, facts, key, lock, log, look, store
+from runner.engine import environment, facts, key, lineage, lock, log, look, store
 from runner.engine.elsewhere import Elsewhere
 from runner.engine.facts import Made
 from runner.engine.recipe import Compiled, Step
@@ -23,6 +23,7 @@ Reason = Literal[
     "sources",
     "input",
     "base model",
+    "parent",
     "seed",
     "stage version",
     "environment",
@@ -67,6 +68,8 @@ class Planned(NamedTuple):
     output: str | None = None
     sources: tuple[SourceFile, ...] = ()
     problem: RunnerError | None = None
+    parent: str | None = None
+    """The model that a training goes on from: what it makes may then be that model again."""
 
     @property
     def is_left_out(self) -> bool:
@@ -85,7 +88,8 @@ class Choice(NamedTuple):
 
     `only` these stages run, or those from `start` on, and the others stay as they were made last;
     `force` makes a stage run though its output is known; `locked` allows no other output than the
-    lockfile's; `paranoid` reads every file again instead of trusting times and names.
+    lockfile's; `paranoid` reads every file again instead of trusting times and names; `growing`
+    says how to look at sources that files are still being put into.
     """
 
     only: tuple[str, ...] = ()
@@ -93,19 +97,21 @@ class Choice(NamedTuple):
     force: tuple[str, ...] = ()
     locked: bool = False
     paranoid: bool = False
+    growing: look.Growing | None = None
 
     def stages(self, compiled: Compiled) -> Chosen:
         """The stages that are asked for; raises RecipeError for a name that there is none of."""
-        for name in (*self.only, *self.force, *filter(None, [self.start])):
-            compiled.step(name)
-        run = set(self.only) or {step.name for step in compiled.steps}
+        run = names(compiled, self.only) or {step.name for step in compiled.steps}
         if self.start is not None:
-            run = {self.start}
+            run = names(compiled, (self.start,))
             for step in compiled.steps:
                 if run & set(step.inputs.values()):
                     run.add(step.name)
+        for step in reversed(compiled.steps):  # what is not kept is made for those that read it
+            if step.name in run:
+                run |= {name for name in step.inputs.values() if compiled.step(name).transient}
         for name in self.force:
-            if name not in run:
+            if not names(compiled, (name,)) <= run:
                 option = "--only" if self.only else "--from"
                 raise RecipeError(
                     f"--force {name}: {option} leaves this stage out",
@@ -116,6 +122,11 @@ class Choice(NamedTuple):
 
 
 EVERYTHING = Choice()
+
+
+def names(compiled: Compiled, asked: Iterable[str]) -> set[str]:
+    """The steps that are meant by names of steps or of stages."""
+    return {step.name for name in asked for step in compiled.named(name)}
 
 
 class World(NamedTuple):
@@ -131,6 +142,10 @@ class World(NamedTuple):
     choice: Choice = EVERYTHING
     chosen: Chosen | None = None
     """The stages that are asked for; None for all."""
+    retrain: Mapping[str, Any] | None = None
+    """What the recipe says of training again, where it does."""
+    steps: tuple[Step, ...] = ()
+    """All of the recipe, to see who reads what is not kept."""
 
 
 def whole(compiled: Compiled, world: World) -> tuple[Planned, ...]:
@@ -164,20 +179,30 @@ def decide(
     problem = _missing(step, above, world)
     manifest = None
     root, memory, paranoid = world.workspace.root, world.state, world.choice.paranoid
+    before = world.lock.of_stage(step.name) if world.choice.growing else None
+    taken = before.parts.get("sources") if before else None
     try:
         if files is not None:
             manifest = look.remembered(files, memory)
         elif step.sources:
-            manifest, files = look.manifest(step, root, memory, paranoid=paranoid)
+            manifest, files = look.manifest(
+                step,
+                root,
+                memory,
+                paranoid=paranoid,
+                growing=world.choice.growing,
+                before=taken,
+            )
     except PreconditionError as error:
         problem = problem or error
     if problem is not None:
         return Planned(step, "blocked", (Cause("blocked", problem.message),), problem=problem)
-    found = _decided(step, above, world, manifest)
+    found = _with_parent(_decided(step, above, world, manifest), world)
     if found.state not in ("skip", "restore") and step.sources:
         if files is None:
             # The list is only needed now; what changed since the look at it counts.
-            files = look.files(step, root, memory, paranoid=paranoid)
+            growing = world.choice.growing
+            files = look.files(step, root, memory, paranoid=paranoid, growing=growing, before=taken)
             return decide(step, above, world, files)
         found = found._replace(sources=files)
     return found._replace(problem=_forbidden(found, world)) if world.choice.locked else found
@@ -198,7 +223,9 @@ def _decided(
         seed=step.seed,
         env=environment.digest(environment.of(step)) if step.rerun_on_env else None,
     )
-    changed = why(step, parts, before, world)
+    continued, note = lineage.parent(step, parts, world.lock, world.retrain)
+    parts |= continued
+    changed = why(step, parts, before, world, note)
 
     unpinned = step.uses_base_model and world.base_model is None
     unknown = {kind: name for kind, name in step.inputs.items() if above[name].output is None}
@@ -213,10 +240,18 @@ def _decided(
         causes += [Cause("upstream runs", f"{name} runs first", name) for name in names]
         # What is only rebuilt may come out as it was; a new training gives a new model.
         certain = any(cause.reason in ("forced", "not pinned") for cause in causes) or any(
-            above[name].state == "run" and not above[name].step.rebuilds for name in names
+            above[name].state == "run"
+            and not above[name].step.rebuilds
+            and above[name].parent is None
+            for name in names
         )
-        stays = not certain and _is_known_with_inputs_as_before(parts, unknown, before, world)
-        return Planned(step, "maybe" if stays else "run", tuple(causes))
+        # With nothing new to learn, the model that is gone on from comes out again.
+        goes_on = any(above[name].parent for name in names)
+        stays = not certain and (
+            goes_on or _is_known_with_inputs_as_before(step, parts, unknown, world)
+        )
+        parent = parts.get("parent")
+        return Planned(step, "maybe" if stays else "run", tuple(causes), parent=parent)
 
     stage_key = key.of(parts)
     outputs = known_outputs(stage_key, world)
@@ -227,6 +262,9 @@ def _decided(
     for output in outputs:
         if _is_here(stage_key, output, world):
             return Planned(step, "skip", (), parts, output)
+    if outputs and step.transient:
+        return _made_when_read(Planned(step, "skip", (), parts, outputs[0]), above, world)
+    for output in outputs:
         if world.elsewhere.holds(output):
             return _fetched(step, parts, output, world)
     for made in world.elsewhere.of_key(stage_key):
@@ -238,17 +276,49 @@ def _decided(
     return Planned(step, "run", changed or (Cause("never run", text),), parts)
 
 
+def _with_parent(found: Planned, world: World) -> Planned:
+    """A training that runs, with the model that it goes on from, if that can be had."""
+    parent = found.parent or (found.parts or {}).get("parent")
+    if found.state != "run" or parent is None:
+        return found._replace(parent=None)
+    if store.holds(world.workspace, parent) or world.elsewhere.holds(parent):
+        return found._replace(parent=parent)
+    problem = PreconditionError(
+        f"{found.step.name} continues from the model {parent[:12]}, which is not in the store",
+        hint="put it back from a copy, go back to another release with `runner rollback`, or"
+        " train anew with `mode: anew` in retrain",
+    )
+    return Planned(found.step, "blocked", (Cause("blocked", problem.message),), problem=problem)
+
+
+def _made_when_read(known: Planned, above: Mapping[str, Planned], world: World) -> Planned:
+    """What becomes of a step whose output is not kept: it runs when one that runs reads it."""
+    own = known.step.name
+    plan = {**above, own: known}
+    position = [step.name for step in world.steps].index(own)
+    for step in world.steps[position + 1 :]:
+        if not plan.keys() >= set(step.inputs.values()):
+            continue  # of another stage, and nothing of this one's
+        plan[step.name] = decide(step, plan, world)
+        if own in step.inputs.values() and plan[step.name].state in ("run", "maybe"):
+            text = f"it is not kept, and {step.name} is made from it"
+            cause = Cause("output missing", text, "", known.output)
+            return known._replace(state="run", causes=(cause,))
+    return known
+
+
 def _is_known_with_inputs_as_before(
-    parts: key.Components, unknown: Mapping[str, str], before: lock.Fact | None, world: World
+    step: Step, parts: key.Components, unknown: Mapping[str, str], world: World
 ) -> bool:
     """Whether the stage would be known if what runs above it gave what it read last."""
+    before = world.lock.of_stage(step.name)
     read = before.parts.get("inputs", {}) if before else {}
     if not unknown.keys() <= read.keys():
         return False
     inputs = {**parts.get("inputs", {}), **{kind: read[kind] for kind in unknown}}
     stage_key = key.of({**parts, "inputs": inputs})
     return any(
-        _is_here(stage_key, output, world) or world.elsewhere.holds(output)
+        step.transient or _is_here(stage_key, output, world) or world.elsewhere.holds(output)
         for output in known_outputs(stage_key, world)
     )
 
@@ -261,9 +331,12 @@ def known_outputs(stage_key: str, world: World) -> list[str]:
 
 
 def why(
-    step: Step, now: key.Components, before: lock.Fact | None, world: World
+    step: Step, now: key.Components, before: lock.Fact | None, world: World, note: str = ""
 ) -> tuple[Cause, ...]:
-    """Every difference between what was run last and what would run now."""
+    """Every difference between what was run last and what would run now.
+
+    `note` says what the training goes on from, or why from no model.
+    """
     if before is None:
         return (Cause("never run", "it has not run yet"),)
     then = before.parts
@@ -290,6 +363,10 @@ def why(
     if then.get("base_model") != now.get("base_model") and now.get("base_model"):
         text, models = "the base model is another one", (then.get("base_model"), now["base_model"])
         causes.append(Cause("base model", text, "base_model", *models))
+    if then.get("parent") != now.get("parent"):
+        usual = "it continues from another model" if "parent" in now else "it is trained anew"
+        models = (then.get("parent"), now.get("parent"))
+        causes.append(Cause("parent", note or usual, "parent", *models))
     if then.get("seed") != now.get("seed"):
         text = f"seed {then.get('seed')} → {now.get('seed')}"
         causes.append(Cause("seed", text, "seed", then.get("seed"), now.get("seed")))

@@ -19,11 +19,16 @@ if TYPE_CHECKING:
     from runner.stages.stage import Stage
 
 BYTES_MAX = 1 << 20
+CURRENT = "current"
+"""In the folder of links, what leads to the current release."""
 MODELINE = "# yaml-language-server: $schema="
 
 
 class Step(NamedTuple):
-    """A stage, checked, with what the engine must know of it. `inputs`: kind → stage name."""
+    """A stage, checked, with what the engine must know of it. `inputs`: kind → stage name.
+
+    A stage whose parts have keys of their own is several steps, named STAGE/PART.
+    """
 
     name: str
     kind: str
@@ -41,6 +46,13 @@ class Step(NamedTuple):
     libraries: tuple[str, ...] = ()
     uses_gpu: bool = False
     rerun_on_env: bool = False
+    transient: bool = False
+    """Its output is not kept, and made again when another step needs it."""
+
+    @property
+    def stage(self) -> str:
+        """The stage of the recipe that it is, or is a part of."""
+        return self.name.partition("/")[0]
 
 
 class Compiled(NamedTuple):
@@ -58,12 +70,15 @@ class Compiled(NamedTuple):
 
     def step(self, name: str) -> Step:
         """The step of that name; raises RecipeError naming those there are."""
+        return self.named(name)[0]
+
+    def named(self, name: str) -> tuple[Step, ...]:
+        """The step of that name, or all of a stage; raises RecipeError naming those there are."""
         from runner.engine.words import did_you_mean, shown
 
-        for step in self.steps:
-            if step.name == name:
-                return step
-        names = [step.name for step in self.steps]
+        if found := tuple(step for step in self.steps if name in (step.name, step.stage)):
+            return found
+        names = list(dict.fromkeys(step.stage for step in self.steps))
         raise RecipeError(
             f"the recipe has no stage {shown(name)}{did_you_mean(name, names)}",
             hint=f"its stages are {', '.join(names)}",
@@ -160,6 +175,9 @@ def _steps(recipe: Recipe, composed: Composed) -> Iterable[Step]:
         if own_name in above:
             problem(index, f"a second stage is called {shown(own_name)}; give it a `name:`")
             continue
+        if own_name == CURRENT:
+            problem(index, "a stage cannot be called 'current': that is the accepted model's place")
+            continue
         if stage.input and stage.input not in above:
             near = did_you_mean(stage.input, above)
             problem(index, f"no stage above is called {shown(stage.input)}{near}", reads)
@@ -181,33 +199,45 @@ def _steps(recipe: Recipe, composed: Composed) -> Iterable[Step]:
             makers = " or ".join(_makers(wanted))
             problem(index, f"{own_name} needs {wanted}; put a stage {makers} above it")
         above[own_name] = stage, inputs
-        steps.append(
-            Step(
-                name=own_name,
-                kind=kind,
-                version=stage.version,
-                entry=stage.model_dump(mode="json", exclude_unset=True),
-                settings=stage.model_dump(
-                    mode="json",
-                    exclude_defaults=True,
-                    exclude={*stage.outside_key},
-                )
-                | ({"recipe_name": recipe.name} if stage.uses_recipe_name else {}),
-                inputs=inputs,
-                sources=stage.source_patterns(),
-                uses_base_model=stage.uses_base_model,
-                seed=recipe.seed if stage.uses_seed else None,
-                own_process=stage.own_process,
-                rebuilds=stage.rebuilds,
-                libraries=stage.libraries,
-                uses_gpu=stage.uses_gpu,
-                rerun_on_env="env" in stage.rerun_on,
-            )
-        )
+        maker = above[next(iter(inputs.values()))][0] if inputs else None
+        units = () if missing else stage.units(maker, recipe.base_model)
+        for unit in units:
+            read, _ = _inputs(unit.stage, above)
+            read |= {part: f"{own_name}/{part}" for part in unit.beside}
+            whole_name = f"{own_name}/{unit.name}"
+            above[whole_name] = unit.stage, read
+            steps.append(_step(whole_name, unit.stage, read, recipe, unit.transient))
+        if not units:
+            steps.append(_step(own_name, stage, inputs, recipe))
     if problems:
         problems.sort(key=lambda found: found[0])
         raise RecipeProblems([f"{place}: {text}" for place, text in problems])
     return steps
+
+
+def _step(
+    name: str, stage: Stage, inputs: dict[str, str], recipe: Recipe, transient: bool = False
+) -> Step:
+    settings = stage.model_dump(mode="json", exclude_defaults=True, exclude={*stage.outside_key})
+    if stage.uses_recipe_name:
+        settings["recipe_name"] = recipe.name
+    return Step(
+        name=name,
+        kind=stage.kind(),
+        version=stage.version,
+        entry=stage.model_dump(mode="json", exclude_unset=True),
+        settings=settings,
+        inputs=inputs,
+        sources=stage.source_patterns(),
+        uses_base_model=stage.uses_base_model,
+        seed=recipe.seed if stage.uses_seed else None,
+        own_process=stage.own_process,
+        rebuilds=stage.rebuilds,
+        libraries=stage.libraries,
+        uses_gpu=stage.uses_gpu,
+        rerun_on_env="env" in stage.rerun_on,
+        transient=transient,
+    )
 
 
 def _inputs(

@@ -26,6 +26,7 @@ from runner.engine import (
     lock,
     log,
     plan,
+    release,
     reports,
     store,
     worker,
@@ -33,7 +34,8 @@ from runner.engine import (
 from runner.engine.facts import Made
 from runner.engine.opened import Opened
 from runner.engine.plan import Choice, Planned
-from runner.errors import DriftError, InterruptedRun, RunnerError
+from runner.engine.recipe import Step
+from runner.errors import DriftError, InterruptedRun, PreconditionError, RunnerError
 from runner.model import source
 
 REPLANS = 3
@@ -64,13 +66,14 @@ def run(
                     break
                 except _PlanAgain as changed:
                     # What was forced and has run is not run a second time: it may be a training.
-                    left = tuple(name for name in choice.force if name not in one.ran)
-                    choice = choice._replace(force=left)
+                    left = plan.names(current.compiled, choice.force) - one.ran
+                    choice = choice._replace(force=tuple(sorted(left)))
                     if attempt == REPLANS - 1:
                         raise changed.error from None
                     planned = current.plan(choice)
                     text = f"{changed.error.message}; planning again"
                     log.add({"event": "warning", "text": text})
+            release.consider(current, log.add, decides=not choice.locked)
             state = "done"
         except KeyboardInterrupt:
             state = "interrupted"
@@ -100,6 +103,10 @@ class _PlanAgain(Exception):
         self.error = error
 
 
+class _BaseChanged(RunnerError):
+    """The base model is not the one that the stage was planned with."""
+
+
 class Run:
     """The stages of a plan, each decided anew, now that what it reads is there."""
 
@@ -112,6 +119,8 @@ class Run:
         self._folder = folder
         self._staging = staging
         self._done: dict[str, Planned] = {}
+        self._meanwhile: dict[str, Path] = {}
+        """Outputs that are not kept, and where they are as long as this runs."""
         self.ran: set[str] = set()
 
     def stages(self, foreseen: tuple[Planned, ...]) -> None:
@@ -128,7 +137,7 @@ class Run:
                 raise planned.problem
             if planned.state == "skip":
                 commit.output(self._current, planned)
-                if not planned.is_left_out:
+                if not planned.is_left_out and not step.transient:
                     self._add("stage_skipped", planned, output=planned.output)
             elif planned.state != "restore":
                 self._check_inputs(planned)
@@ -153,22 +162,35 @@ class Run:
         job = job_of(
             self._current,
             planned,
-            {name: done.output or "" for name, done in self._done.items()},
+            {name: self._place(done.output or "") for name, done in self._done.items()},
             output=self._fresh(step.name),
             scratch=scratch,
             previous=_previous(self._current, planned),
         )
 
-        def emit(event: events.Event) -> None:
-            self._log.add({**event, "stage": step.name})
+        has_read_base = False
 
-        if step.own_process:
-            child.end_orphan(scratch, emit)
-            metrics = child.run(job, step, emit, self._folder / f"{step.name}.log")
-        else:
-            metrics = worker.run(job, emit)
-        self._check_base(planned)
-        output = store.publish(space, Path(job.output))
+        def emit(event: events.Event) -> None:
+            nonlocal has_read_base
+            self._log.add({**event, "stage": step.name})
+            if event["event"] == "metrics" and not has_read_base:
+                # It computes, so it has read the base model: what becomes of that now is no matter.
+                self._check_base(planned)
+                has_read_base = True
+
+        try:
+            if step.own_process:
+                child.end_orphan(scratch, emit)
+                metrics = child.run(
+                    job, step, emit, self._folder / f"{step.name.replace('/', '-')}.log"
+                )
+            else:
+                metrics = worker.run(job, emit)
+            self._check_base(planned, has_read_it=has_read_base)
+        except _BaseChanged:
+            disk.remove(scratch)
+            raise
+        output = self._published(step, Path(job.output))
         seconds = round(time.monotonic() - started, 3)
         made = Made(
             stage=step.name,
@@ -176,7 +198,7 @@ class Run:
             parts=planned.parts,
             rebuilds=step.rebuilds,
             seconds=seconds,
-            bytes=disk.size(store.path_of(space, output)),
+            bytes=disk.size(self._place(output)),
             made_at=round(time.time(), 3),
             metrics=metrics,
             env=env,
@@ -189,6 +211,17 @@ class Run:
             disk.remove(path)
         self._add("stage_finished", planned, output=output, seconds=seconds, metrics=metrics)
         return finished
+
+    def _published(self, step: Step, staged: Path) -> str:
+        """Puts a finished output where those that read it find it; its hash."""
+        if not step.transient:
+            return store.publish(self._current.workspace, staged)
+        output = store.content_hash(staged)
+        self._meanwhile[output] = staged
+        return output
+
+    def _place(self, output: str) -> Path:
+        return self._meanwhile.get(output) or store.path_of(self._current.workspace, output)
 
     def _restored(self, planned: Planned) -> bool:
         """Fetches the output from the remote cache; False where what came was not it."""
@@ -216,28 +249,50 @@ class Run:
         for name in planned.step.inputs.values():
             output = self._done[name].output or ""
             store.use(space, output)
-            path = store.path_of(space, output)
+            path = self._place(output)
             if store.content_hash(path) == output:
                 continue
             if not self._done[name].step.rebuilds:
                 raise plan.damaged(name, path)
             disk.remove(path)
             raise _PlanAgain(RunnerError(f"the output of {name} was damaged and is made again"))
+        if planned.parent is not None:
+            self._check_parent(planned.step.name, planned.parent)
 
-    def _check_base(self, planned: Planned) -> None:
-        """Compares the base model with what was planned, so that no change of it becomes a fact."""
+    def _check_parent(self, name: str, parent: str) -> None:
+        """Fetches the model that a training goes on from, and compares it with its hash."""
+        space = self._current.workspace
+        path = store.path_of(space, parent)
+        if not release.fetched(self._current, parent):
+            raise PreconditionError(
+                f"{name} continues from the model {parent[:12]}, which could not be fetched",
+                hint="try again, or go back to another release with `runner rollback`",
+            )
+        store.use(space, parent)
+        if store.content_hash(path) != parent:
+            raise plan.damaged("the training that is continued", path)
+
+    def _check_base(self, planned: Planned, *, has_read_it: bool = False) -> None:
+        """Compares the base model with what was planned, so that no change of it becomes a fact.
+
+        One that comes after the stage has read it is only said.
+        """
         assert planned.parts is not None
         if not planned.step.uses_base_model:
             return
         world = self._current.world(self._choice)
-        if world.base_problem is not None:  # it cannot be asked now; checkpoints are kept
-            raise world.base_problem
-        if world.base_model != planned.parts.get("base_model"):
-            disk.remove(self._current.workspace.scratch / key.of(planned.parts)[:32])
-            raise RunnerError(
-                f"the base model changed while {planned.step.name} ran; what it made is not kept",
+        if world.base_problem is not None and not has_read_it:
+            raise world.base_problem  # it cannot be asked now; checkpoints are kept
+        if world.base_model == planned.parts.get("base_model"):
+            return
+        name = planned.step.name
+        if not has_read_it:
+            raise _BaseChanged(
+                f"the base model changed while {name} ran; what it made is not kept",
                 hint="run the same command again when nothing writes to the base model",
             )
+        text = f"the base model changed after {name} had read it; {name} is of the old one"
+        self._log.add({"event": "warning", "stage": name, "text": text})
 
     def _compare(self, planned: Planned, output: str) -> None:
         """What is made again must come out as it was."""
@@ -259,7 +314,7 @@ class Run:
         """A new empty folder to write an output in."""
         folder = self._staging / name
         disk.remove(folder)
-        folder.mkdir()
+        folder.mkdir(parents=True)
         return folder
 
     def _add(self, kind: str, planned: Planned, **more: object) -> None:
@@ -269,27 +324,27 @@ class Run:
 def job_of(
     current: Opened,
     planned: Planned,
-    outputs: Mapping[str, str],
+    outputs: Mapping[str, Path],
     *,
     output: Path,
     scratch: Path,
     previous: lock.Fact | None,
 ) -> worker.Job:
-    """What a stage is to do, reading what those above it gave (stage name → output)."""
+    """What a stage is to do, reading what those above it gave (stage name → folder)."""
     step, space = planned.step, current.workspace
     return worker.Job(
         entry=step.entry,
         recipe=current.compiled.name,
         seed=step.seed or 0,
-        inputs={
-            kind: str(store.path_of(space, outputs[name])) for kind, name in step.inputs.items()
-        },
+        inputs={kind: str(outputs[name]) for kind, name in step.inputs.items()},
         sources=planned.sources,
         base_model=str(current.base_path()) if step.uses_base_model else None,
         output=str(output),
         scratch=str(scratch),
         cache=str(space.cache),
         previous=str(store.path_of(space, previous.output)) if previous else None,
+        parent=str(store.path_of(space, planned.parent)) if planned.parent else None,
+        replay=(planned.parts or {}).get("replay", 0.0),
     )
 
 
@@ -319,4 +374,4 @@ def _pin(current: Opened) -> None:
     locked = lock.read(current.lock_path)
     if locked.commit_of(spec) is None:
         pin = lock.Pin(spec, source.latest_commit(spec))
-        lock.write(current.lock_path, lock.Lock(locked.facts, (pin,)))
+        lock.write(current.lock_path, locked._replace(pins=(pin,)))

@@ -12,7 +12,7 @@ from pathlib import Path
 from runner.engine import store
 from runner.engine.workspace import Workspace
 
-NO_RECIPES = ("store", "runs", "scratch", "cache")
+NO_RECIPES = ("store", "runs", "scratch", "cache", "watch")
 """Folders under `artifacts/` that hold no links of a recipe."""
 
 
@@ -57,13 +57,19 @@ def links(space: Workspace) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for folder in sorted(space.artifacts.glob("*")):
         if folder.is_dir() and folder.name not in NO_RECIPES:
-            targets = {
-                link.name: Path(os.path.realpath(link)).name for link in sorted(folder.glob("*"))
-            }
-            found[folder.name] = {
-                stage: output for stage, output in targets.items() if store.HASH.fullmatch(output)
-            }
+            found[folder.name] = dict(_linked(folder, ""))
     return found
+
+
+def _linked(folder: Path, within: str) -> Iterator[tuple[str, str]]:
+    """Each link in the folder, and in those that are none, with the artifact that it leads to."""
+    for path in sorted(folder.glob("*")):
+        target = Path(os.path.realpath(path))
+        named = [one.name for one in (target, target.parent) if store.HASH.fullmatch(one.name)]
+        if named:
+            yield within + path.name, named[0]
+        elif path.is_dir() and not path.is_symlink():
+            yield from _linked(path, f"{within}{path.name}/")
 
 
 def measured(path: Path) -> tuple[int, float]:

@@ -13,6 +13,7 @@ from runner.engine import child, key, look, plan, run, store, worker
 from runner.engine.events import Event
 from runner.engine.opened import Opened
 from runner.engine.plan import Planned
+from runner.engine.recipe import Step
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,14 @@ def outputs(current: Opened, *, rebuild: bool) -> Iterator[Checked]:
             yield Checked(name, None, "nothing", "the lockfile says nothing of it yet")
             continue
         path = store.path_of(current.workspace, fact.output)
+        if one.step.transient and not path.is_dir():
+            continue  # it is made again when something needs it
         if not path.is_dir():
             yield Checked(name, fact.output, "missing", "its output is not in the store")
         elif not store.is_whole(current.workspace, fact.output):
             text = f"its output is damaged: {path}"
             yield Checked(name, fact.output, "damaged", text)
-        elif not rebuild or not one.step.rebuilds or "model" in one.step.inputs:
+        elif not rebuild or not one.step.rebuilds or _is_of_a_model(one.step, planned):
             yield Checked(name, fact.output, "whole", "its output is there and has its hash")
         elif one.output != fact.output or one.state != "skip":
             why = "; ".join(cause.text for cause in one.causes) or "the recipe changed"
@@ -64,8 +67,10 @@ def _rebuilt(current: Opened, one: Planned, planned: dict[str, Planned]) -> Chec
     with store.staging(current.workspace) as staging:
         made, scratch = staging / "output", staging / "scratch"
         made.mkdir()
-        inputs = {stage: above.output or "" for stage, above in planned.items()}
-        if any(not store.is_whole(current.workspace, inputs[s]) for s in one.step.inputs.values()):
+        outputs = {stage: above.output or "" for stage, above in planned.items()}
+        inputs = {stage: store.path_of(current.workspace, o) for stage, o in outputs.items()}
+        read = [outputs[stage] for stage in one.step.inputs.values()]
+        if any(not store.is_whole(current.workspace, output) for output in read):
             text = "its output has its hash; not made again, because what it reads is not whole"
             return Checked(name, one.output, "whole", text)
         root, sources = current.workspace.root, one.step.sources
@@ -92,6 +97,12 @@ def _rebuilt(current: Opened, one: Planned, planned: dict[str, Planned]) -> Chec
         differ = ", ".join(_other(made, store.path_of(current.workspace, one.output)))
     text = f"made again, it comes out different: {differ}; `runner plan` shows changed versions"
     return Checked(name, one.output, "differs", text)
+
+
+def _is_of_a_model(step: Step, planned: dict[str, Planned]) -> bool:
+    """Whether a trained model is among what it was made from: that takes long to do again."""
+    above = [planned[name].step for name in step.inputs.values()]
+    return "model" in step.inputs or any(_is_of_a_model(one, planned) for one in above)
 
 
 def _manifest(one: Planned) -> str | None:

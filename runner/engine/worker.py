@@ -35,6 +35,8 @@ class Job:
     scratch: str
     cache: str
     previous: str | None = None
+    parent: str | None = None
+    replay: float = 0.0
 
 
 def run(job: Job, emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -53,6 +55,8 @@ def run(job: Job, emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         seed=job.seed,
         emit=emit,
         previous=Path(job.previous) if job.previous else None,
+        parent=Path(job.parent) if job.parent else None,
+        replay=job.replay,
     )
     try:
         return dict(parsed(job.entry).run(dirs))

@@ -84,12 +84,21 @@ def around(recipe: Path) -> Workspace:
     return at(next(above, folder))
 
 
-def matching(root: Path, pattern: str) -> list[str]:
+class LinksOut(PreconditionError):
+    """Links among the sources that lead out of the workspace."""
+
+    def __init__(self, message: str, *, hint: str, paths: tuple[str, ...]) -> None:
+        super().__init__(message, hint=hint)
+        self.paths = paths
+
+
+def matching(root: Path, pattern: str, without: frozenset[str] = frozenset()) -> list[str]:
     """The files that one source names: a file, all files below a folder, or a glob.
 
     Dot files, lockfiles and what another program is still writing (`.part`, `.tmp`, …) do not
     count, nor does `artifacts/`. Only an absolute path may lead out of the workspace. Paths are
-    plain texts, because ten thousand `Path` objects take longer than looking at the files.
+    plain texts, because ten thousand `Path` objects take longer than looking at the files. The
+    files `without` are passed over, wherever they lead.
     """
     path = root / pattern
     if not Path(pattern).is_absolute() and ".." in Path(pattern).parts:
@@ -117,6 +126,8 @@ def matching(root: Path, pattern: str) -> list[str]:
             f"source {pattern!r} is not there (looked for {path})",
             hint="paths in a recipe are relative to the workspace; correct it or put it there",
         )
+    if without:
+        found, links = ([one for one in ones if one not in without] for ones in (found, links))
     if not Path(pattern).is_absolute():
         _refuse_links_out(root, [str(path), *links] if path.is_dir() else found)
     return found
@@ -166,16 +177,20 @@ def _globbed(root: Path, pattern: str) -> list[Path]:
 def _refuse_links_out(root: Path, found: list[str]) -> None:
     inside = root.resolve()
     folders: dict[Path, bool] = {}
+    out: list[Path] = []
     for path in map(Path, found):
         if path.parent not in folders:
             folders[path.parent] = path.parent.resolve().is_relative_to(inside)
         if (path.is_symlink() and not path.resolve().is_relative_to(inside)) or not (
             path == root or folders[path.parent]
         ):
-            raise PreconditionError(
-                f"{path} is a link that leads out of the workspace, to {path.resolve()}",
-                hint="name the file it leads to by an absolute path in `sources:`",
-            )
+            out.append(path)
+    if out:
+        raise LinksOut(
+            f"{out[0]} is a link that leads out of the workspace, to {out[0].resolve()}",
+            hint="name the file it leads to by an absolute path in `sources:`",
+            paths=tuple(map(str, out)),
+        )
 
 
 def wanted(name: str) -> bool:

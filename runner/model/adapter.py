@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from runner import disk
 from runner.errors import RunnerError
-from runner.model import identity, load, lora
+from runner.model import identity, load, lora, merging
 from runner.model.load import Dtype
 
 _NOT_COPIED = re.compile(
@@ -41,21 +41,36 @@ def tuned(base: Path, model: Path, *, dtype: Dtype, device: str) -> tuple[nn.Mod
     return _opened(load.causal_lm(base, dtype=dtype, device=device), model), True
 
 
-def merge(base: Path, model: Path, output: Path, *, dtype: Dtype) -> None:
+def merge(
+    base: Path,
+    model: Path,
+    output: Path,
+    *,
+    dtype: Dtype,
+    max_shard_bytes: int = merging.MAX_SHARD_BYTES,
+) -> None:
     """Writes the trained model as one, in the layout of Hugging Face, with the base's tokenizer.
 
-    The base is not quantised, whatever it was trained on. Each layer is added up in float32 and
-    then rounded to `dtype`, once; no more than the model and one layer is in memory.
+    The base is not quantised, whatever it was trained on: a base in 4 bits is taken for the numbers
+    that those stand for. Each layer is added up in float32 and then rounded to `dtype`, once. One
+    tensor at a time is in memory, but for adapters whose layers are not named as in the base's
+    files: then it is the model and one layer.
     """
     identity.check(base, model)
     check_vocabulary(base, model)
-    if is_adapter(model):
+    whole, adapter = (base, model) if is_adapter(model) else (model, None)
+    tensors = merging.planned(whole, adapter, getattr(torch, dtype))
+    if tensors is None:
+        _refuse_quantised(base)
         adapted = _opened(load.causal_lm(base, dtype=stored_dtype(base), device="cpu"), model)
         lora.merge(adapted, getattr(torch, dtype))
-        whole = lora.inner(adapted)
-    else:
-        whole = load.causal_lm(model, dtype=stored_dtype(model), device="cpu")
-    write_model(whole, base, output, dtype=dtype)
+        opened = lora.inner(adapted)
+        write_model(opened, base, output, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    with _tokenizer_copied(base, output):
+        merging.write(tensors, output, max_shard_bytes=max_shard_bytes)
+        merging.write_config(whole, output, dtype)
 
 
 def is_adapter(model: Path) -> bool:
@@ -92,31 +107,55 @@ def check_vocabulary(base: Path, model: Path) -> None:
         )
 
 
-def write_model(model: PreTrainedModel, base: Path, output: Path, *, dtype: Dtype) -> None:
+def write_model(
+    model: PreTrainedModel,
+    base: Path,
+    output: Path,
+    *,
+    dtype: Dtype,
+    max_shard_bytes: int = merging.MAX_SHARD_BYTES,
+) -> None:
     """Writes the model, rounded to `dtype` in place, with the base's tokenizer files as they are.
 
     The bytes of tokenizer, chat template and generation settings are the base's: it raises where
     one of them is another afterwards.
     """
     output.mkdir(parents=True, exist_ok=True)
-    copied = tokenizer_files(base)
-    before = _digests(base, copied)
     whole = model.to(getattr(torch, dtype))  # type: ignore[arg-type, unused-ignore]
     whole.config.dtype = dtype
     # What the base says about generation is copied; what was loaded may not pass its own check.
     whole.generation_config = GenerationConfig.from_model_config(whole.config)
     needed = sum(parameter.nbytes for parameter in whole.parameters())
     disk.check_room(output, needed)
-    try:
-        with _no_bars():
-            whole.save_pretrained(output, max_shard_size="5GB")
-    except (OSError, SafetensorError) as error:
-        raise disk.full(error, output, needed) or error from error
+    with _tokenizer_copied(base, output):
+        try:
+            with _no_bars():
+                whole.save_pretrained(output, max_shard_size=max_shard_bytes)
+        except (OSError, SafetensorError) as error:
+            raise disk.full(error, output, needed) or error from error
+
+
+@contextmanager
+def _tokenizer_copied(base: Path, output: Path) -> Iterator[None]:
+    """Puts the base's tokenizer files beside what is written inside, and checks that neither they
+    nor the base's have changed meanwhile."""
+    copied = tokenizer_files(base)
+    before = _digests(base, copied)
+    yield
     for path in copied:
         target = output / path.relative_to(base)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
     check_untouched(base, output, before)
+
+
+def _refuse_quantised(base: Path) -> None:
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    if config.get("quantization_config"):
+        raise RunnerError(
+            f"{base}: its weights are quantised, and this adapter cannot be merged onto those",
+            hint="set base_model to the unquantised model that it was made from",
+        )
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

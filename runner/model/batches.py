@@ -17,11 +17,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from runner.model import lora
 from runner.model.token_files import Row
@@ -30,6 +33,8 @@ PASS_TOKENS = {"cpu": 2048, "mps": 4096, "cuda": 16384}
 """Tokens of one pass, with padding. A CPU gains nothing from more; a GPU that has no room halves
 its own."""
 _PROBE_TOKENS = 64
+_BY_ROWS = "sdpa_by_rows"
+"""Our name among transformers' kinds of attention."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,9 @@ class Batch:
 
     There is no attention mask: causal attention never looks at what stands to the right of a
     token, and padding has weight 0. Without a mask the fast attention kernels apply. Only where
-    rows are packed there are `positions`, which start anew with each row; transformers makes of
-    them a mask that keeps each row to itself, in layers with a sliding window too.
+    rows are packed there are `positions`, which start anew with each row. Of them transformers
+    makes a mask that keeps each row to itself, in layers with a sliding window too; on a CPU layers
+    without one need no mask, because each row is attended to by itself (`attend_by_rows`).
     """
 
     input_ids: Tensor  # (B, T)
@@ -186,6 +192,73 @@ def isolated(model: nn.Module, batch: Batch) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def keeps_apart(model: nn.Module, rows: Sequence[Row]) -> bool:
+    """Whether the model can keep the rows of a pack apart, by the fastest way that it knows.
+
+    From now on it goes that way.
+    """
+    attend_by_rows(model)
+    if isolates(model, rows):
+        return True
+    attend_as_ever(model)
+    return isolates(model, rows)
+
+
+def attend_by_rows(model: nn.Module) -> None:
+    """On a CPU, packed rows are from now on attended to one by one, where there is no window.
+
+    Attention over a pack with a mask costs the square of the pack's tokens, and on a CPU the kernel
+    for masks is slow. Anything but causal attention over a whole row keeps its mask.
+    """
+    config = lora.inner(model).config.get_text_config()
+    if next(model.parameters()).device.type == "cpu" and config._attn_implementation == "sdpa":
+        AttentionInterface.register(_BY_ROWS, _attention_by_rows)
+        AttentionMaskInterface.register(_BY_ROWS, _mask_by_rows)
+        config._attn_implementation = _BY_ROWS
+
+
+def attend_as_ever(model: nn.Module) -> None:
+    """Takes `attend_by_rows` back."""
+    config = lora.inner(model).config.get_text_config()
+    if config._attn_implementation == _BY_ROWS:
+        config._attn_implementation = "sdpa"
+
+
+def _mask_by_rows(
+    *, local_size: int | None = None, use_vmap: bool = False, **settings: Any
+) -> Tensor | None:
+    """None where attention is causal and no more, which `_attention_by_rows` sees to."""
+    if local_size is None and not use_vmap and settings.get("attention_mask") is None:
+        return None
+    return sdpa_mask(local_size=local_size, use_vmap=use_vmap, **settings)
+
+
+def _attention_by_rows(
+    module: nn.Module,
+    query: Tensor,  # (B, heads, T, head width), as key and value
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None = None,
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of each row of each sequence to itself; (B, T, heads, head width)."""
+    if attention_mask is not None or position_ids is None or not (position_ids[:, 1:] == 0).any():
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    found = []
+    for place, positions in enumerate(position_ids):
+        starts = (positions == 0).nonzero()[:, 0].tolist()
+        sizes = [stop - start for start, stop in pairwise([*starts, len(positions)])]
+        # Split and not sliced: the way back then puts the parts together once.
+        parts = (torch.split(one[place : place + 1], sizes, 2) for one in (query, key, value))
+        outputs = [
+            sdpa_attention_forward(module, q, k, v, None, **settings)[0]
+            for q, k, v in zip(*parts, strict=True)
+        ]
+        found.append(torch.cat(outputs, dim=1))
+    return torch.cat(found), None
 
 
 def isolates(model: nn.Module, rows: Sequence[Row]) -> bool:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from runner import disk
-from runner.errors import PreconditionError, RunnerError
+from runner.errors import InterruptedRun, PreconditionError, RunnerError
 
 Emit = Callable[[dict[str, Any]], None]
 Result = TypeVar("Result")
@@ -167,7 +167,9 @@ def in_the_room_there_is(
 ) -> tuple[Result, list[Checkpoint]]:
     """What `write` gives, and the checkpoints that are still there.
 
-    Where the disk is too full, all checkpoints go that may, and `write` gets a second chance.
+    Where the disk is too full, all checkpoints go that may, and `write` gets a second chance. Where
+    that is no help either, it raises InterruptedRun if there is a checkpoint to go on from, else
+    PreconditionError; both say how much is needed.
     """
     try:
         return write(), saved
@@ -178,14 +180,14 @@ def in_the_room_there_is(
         saved = thinned(saved)
         freed = before - _bytes_of(saved)
         if not freed:
-            raise _stopped(error, saved) from error
+            raise _stopped(error, saved, emit) from error
     kept = " and ".join(one.path.name for one in saved)
     text = f"the disk is full: {freed / 1e6:,.1f} MB of old checkpoints went; kept: {kept}"
     emit({"event": "warning", "text": text})
     try:
         return write(), saved
     except PreconditionError as error:
-        raise _stopped(error, saved) from error
+        raise _stopped(error, saved, emit) from error
 
 
 def best(checkpoints: list[Checkpoint]) -> Checkpoint:
@@ -227,12 +229,13 @@ def _give_up(path: Path, emit: Emit) -> None:
     remove(path)
 
 
-def _stopped(error: PreconditionError, saved: Sequence[Checkpoint]) -> PreconditionError:
-    start = f"after step {saved[-1].step}" if saved else "from the start"
-    return PreconditionError(
-        error.message,
-        hint=f"free some space and run the same command again; the training goes on {start}",
-    )
+def _stopped(error: PreconditionError, saved: Sequence[Checkpoint], emit: Emit) -> RunnerError:
+    """A pause where there is a checkpoint to go on from."""
+    hint = "free some space and run the same command again; the training goes on"
+    if not saved:
+        return PreconditionError(error.message, hint=f"{hint} from the start")
+    emit({"event": "warning", "text": f"the training pauses, its state is saved: {error.message}"})
+    return InterruptedRun(error.message, hint=f"{hint} after step {saved[-1].step}")
 
 
 def _bytes_of(saved: Sequence[Checkpoint]) -> int:

@@ -1,78 +1,48 @@
-"""The forms in which a trained model leaves: adapter, merged safetensors, GGUF, Modelfile."""
+"""From a merged model to one GGUF file that says the same, and what its base had lost before.
+
+Imports neither torch nor transformers: a process that only quantises starts at once.
+"""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from runner.errors import RunnerError
-from runner.model import adapter as adapters
-from runner.model import gguf, gguf_header, load, ollama
-
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+from runner.model import gguf, gguf_header
+from runner.model.gguf import About
 
 
-def write(
-    *,
-    base: Path,
-    model: Path,
-    output: Path,
-    name: str,
-    adapter: bool,
-    merged: bool,
-    levels: Sequence[gguf.Level],
-    modelfile: bool,
-    context_tokens: int,
-    system: str | None,
-    emit: Callable[[dict[str, Any]], None],
-) -> None:
-    """Writes what is asked for into `output`; the GGUF files are `<name>-<level>.gguf`."""
-    total = adapter + merged + bool(levels) + len(levels) + modelfile
-    done = 0
+def unquantised(whole: Path, output: Path, *, name: str, about: About) -> None:
+    """The merged model in `whole` as one GGUF that loses nothing; programs show `name`.
 
-    def step(what: str) -> None:
-        nonlocal done
-        emit({"event": "progress", "done": done, "total": total, "unit": f"files; now {what}"})
-        done += 1
-
-    if adapter and (model / ADAPTER_FILES[0]).exists():
-        step("the adapter")
-        (output / "adapter").mkdir()
-        for file in ADAPTER_FILES:
-            shutil.copyfile(model / file, output / "adapter" / file)
-    # Beside the output, on its file system: what is not wanted there goes when this is done.
-    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
-        whole = output / "merged" if merged else Path(folder) / "merged"
-        if merged:
-            step("the merged model")
-        adapters.merge(base, model, whole, dtype="bfloat16")
-        if levels:
-            step("GGUF")
-            unquantised = Path(folder) / "unquantised.gguf"
-            gguf.convert(whole, unquantised, gguf.stored_dtype(whole), name=name)
-            check_gguf(base, unquantised)
-            for level in levels:
-                step(level)
-                target = output / f"{name}-{level}.gguf"
-                gguf.quantize(unquantised, target, level, lambda _done, _total: None)
-        if modelfile:
-            step("the Modelfile")
-            smallest = min(output.glob("*.gguf"), key=lambda path: path.stat().st_size).name
-            text = ollama.modelfile(whole, smallest, num_ctx=context_tokens, system=system)
-            (output / "Modelfile").write_text(text, encoding="utf-8")
-
-
-def check_gguf(base: Path, converted: Path) -> None:
-    """Raises where a GGUF file speaks to the model otherwise than it was trained."""
-    written = gguf_header.read(converted).text("tokenizer.chat_template")
-    template: Any = load.tokenizer(base).chat_template
-    if isinstance(template, str) and written != template:
+    Raises where the file has another chat template than the model's folder: programs would show
+    the model something else than it was trained on.
+    """
+    gguf.convert(whole, output, gguf.stored_dtype(whole), name=name, about=about)
+    written = gguf_header.read(output).text("tokenizer.chat_template")
+    template = _chat_template(whole)
+    if template is not None and written != template:
         now = "another chat template than" if written else "no chat template, unlike"
         raise RunnerError(
-            f"{converted.name} has {now} the base model {base}",
+            f"{output.name} has {now} the model {whole}",
             hint="programs would show the model something else than it was trained on; give the "
             "chat template in a file chat_template.jinja beside the base model's tokenizer",
         )
+
+
+def say_what_was_lost(base: Path, emit: Callable[[dict[str, Any]], None]) -> None:
+    """Warns where the base model had lost precision before it was trained."""
+    if text := gguf.lost(base):
+        emit({"event": "warning", "text": text})
+
+
+def _chat_template(folder: Path) -> str | None:
+    """As transformers finds it: the file of its own first."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    said = json.loads(config.read_bytes()).get("chat_template") if config.is_file() else None
+    return said if isinstance(said, str) else None

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from runner.errors import PreconditionError
 from runner.model import gguf_header
@@ -59,13 +59,15 @@ def of_base(base: Path) -> Family | None:
     return of(config) if isinstance(config, dict) else None
 
 
-def choices(base: Path, method: str) -> tuple[str, ...]:
+def choices(
+    base: Path, method: str, float32_modules: tuple[str, ...] | Literal["auto"] = "auto"
+) -> tuple[str, ...]:
     """What is done otherwise for this base model without being asked, in words, for `plan`."""
     family = of_base(base)
     if family is None:
         return ()
     found = []
-    if method == "qlora":
+    if method == "qlora" and float32_modules == "auto":
         kept = " and ".join(family.float32_modules)
         found.append(f"{family.name}: {kept} stay in float32, all other linear layers in 4 bits")
     adapters = "" if method == "full" else " and get no adapter"
@@ -75,7 +77,12 @@ def choices(base: Path, method: str) -> tuple[str, ...]:
 
 
 def warnings(
-    base: Path, *, method: str, learning_rate: float, warmup_fraction: float
+    base: Path,
+    *,
+    method: str,
+    learning_rate: float,
+    warmup_fraction: float,
+    float32_modules: tuple[str, ...] | Literal["auto"] = "auto",
 ) -> tuple[str, ...]:
     """Settings of a training that are known to fail with this base model, and what to take."""
     family = of_base(base)
@@ -92,6 +99,16 @@ def warnings(
         found.append(
             f"warmup_fraction {warmup_fraction:g} is short for {family.name}; "
             f"{family.least_warmup:g} is gentle"
+        )
+    missing = (
+        []
+        if float32_modules == "auto"
+        else sorted(name for name in family.float32_modules if name not in float32_modules)
+    )
+    if method == "qlora" and missing:
+        found.append(
+            f"float32_modules leaves out {' and '.join(missing)}, of which 4 bits leave nothing in "
+            f"{family.name}; auto keeps {' and '.join(family.float32_modules)}"
         )
     if method == "full":
         found.append(

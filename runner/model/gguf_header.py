@@ -104,6 +104,17 @@ class Header:
         code = _SCALARS.get(int.from_bytes(raw[:4], "little")) if raw else None
         return int(struct.unpack("<" + code, raw[4:])[0]) if code and code in _WHOLE else None
 
+    def first_integer(self, key: str) -> int | None:
+        """As `integer`, or the first of a list of whole numbers: a model's first layer."""
+        raw = self.metadata.get(key, b"")
+        if raw[:4] != _tag(_ARRAY):
+            return self.integer(key)
+        kind, count = struct.unpack("<IQ", raw[4:16])
+        code = _SCALARS.get(kind)
+        if not count or code not in _WHOLE:
+            return None
+        return int(struct.unpack_from("<" + str(code), raw, 16)[0])
+
 
 def read(path: Path) -> Header:
     """The header of a file that may come from anyone.
@@ -143,6 +154,11 @@ def encoded(header: Header) -> bytes:
 def uint32(number: int) -> bytes:
     """A number as a metadata value."""
     return struct.pack("<II", _UINT32, number)
+
+
+def string(text: str) -> bytes:
+    """A text as a metadata value."""
+    return _tag(_STRING) + _string(text)
 
 
 def padded(size: int, alignment: int) -> int:

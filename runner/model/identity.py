@@ -66,10 +66,11 @@ def write(base: Identity, folder: Path) -> None:
     (folder / FILE).write_text(text, encoding="utf-8", newline="\n")
 
 
-def check(base: Path, model: Path) -> None:
+def check(base: Path, model: Path, found: Identity | None = None) -> None:
     """Raises where `model` was trained on another base model, in a sentence that names both.
 
-    What was trained before this was noted, or elsewhere, is not checked here.
+    What was trained before this was noted, or elsewhere, is not checked here. `found` is the
+    identity of `base`, where it is known already.
     """
     path = model / FILE
     if not path.is_file():
@@ -80,7 +81,7 @@ def check(base: Path, model: Path) -> None:
         raise RunnerError(
             f"{path} does not say which base model it was: {error}", hint="train again"
         ) from error
-    if text := difference(noted, of(base), str(model), str(base)):
+    if text := difference(noted, found or of(base), str(model), str(base)):
         raise RunnerError(text, hint=_HINT)
 
 

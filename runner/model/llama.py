@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,6 +28,20 @@ from runner.model import gguf_header
 THREADS = max(1, (os.cpu_count() or 1) // 2)
 
 _PROCESS = Path(__file__).with_name("llama_process.py")
+
+
+@dataclass(frozen=True)
+class Continued:
+    """What a model goes on with after some ids, and what was likely to come first."""
+
+    ids: tuple[int, ...]
+    """The likeliest token each time, with the one that ended it."""
+    ended: bool
+    """Whether llama.cpp took the last of them as the end."""
+    likeliest: tuple[int, ...]
+    """The likeliest first tokens, best first."""
+    logprobs: tuple[float, ...]
+    """Of these, in nats, over the whole vocabulary; NaN where the model's numbers are none."""
 
 
 class Llama:
@@ -84,6 +100,29 @@ class Llama:
                     pass
             self._replying = False
 
+    def continued(self, ids: Sequence[int], *, max_tokens: int, likeliest: int) -> Continued:
+        """How the model goes on after these ids, which are read as they are: no chat template, and
+        no token put before them. What they share with the request before is not read again."""
+        asked = {"tokens": list(ids), "max_tokens": max_tokens, "likeliest": likeliest}
+        found = self._asked(asked)
+        return Continued(
+            tuple(found["tokens"]),
+            found["ended"],
+            tuple(found["likeliest"]),
+            tuple(math.nan if logprob is None else logprob for logprob in found["logprobs"]),
+        )
+
+    def tokenised(self, text: str) -> list[int]:
+        """The ids of a text in which control tokens may stand, and none put before it."""
+        ids: list[int] = self._asked({"text": text})["tokens"]
+        return ids
+
+    def opened(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, list[int]]:
+        """What the model is shown of a chat before it replies: the text that the chat template in
+        the file makes of it, and its ids."""
+        found = self._asked({"chat": [dict(message) for message in messages]})
+        return found["text"], found["tokens"]
+
     def close(self) -> None:
         """Ends the child; a closed model may be closed again."""
         self._child.kill()
@@ -103,6 +142,12 @@ class Llama:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _asked(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        if self._replying:
+            raise RuntimeError("a reply is not at its end")
+        self._send(request)
+        return self._answer()
 
     def _send(self, request: Mapping[str, Any]) -> None:
         assert self._child.stdin is not None

@@ -36,6 +36,7 @@ from runner.errors import RunnerError  # noqa: E402
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 
+_SCALES = ("r", "lora_alpha", "use_rslora", "use_dora")
 _LINEAR_LAYERS = {"Linear", "Linear4bit"}
 # Towers for pictures and sound stay as they are: text alone teaches them nothing, and in Gemma-3n
 # they produced infinities. Its AltUp layers have to stay in float32, so they get no adapter.
@@ -110,6 +111,29 @@ def opened(model: PreTrainedModel, folder: Path) -> PeftModel:
     _quicken(adapted)
     _convert_between(adapted)
     return adapted
+
+
+def take(model: nn.Module, folder: Path) -> None:
+    """Gives a new adapter the weights of the one in a folder; raises where their shapes differ."""
+    assert isinstance(model, PeftModel), "a full training has no adapter to go on from"
+    then = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    now = model.peft_config["default"].to_dict()
+    other = [name for name in _SCALES if then.get(name) != now.get(name)]
+    saved = load_file(folder / WEIGHTS_FILE)
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    other += [
+        name
+        for name in sorted(saved.keys() | own.keys())
+        if name not in own or name not in saved or saved[name].shape != own[name].shape
+    ]
+    if other:
+        raise RunnerError(
+            f"the adapter {folder} has another shape than this training: {other[0]}",
+            hint="take the settings of `lora` that it was trained with, or train anew",
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():  # they share their memory with the model's parameters
+            tensor.copy_(saved[name])
 
 
 def write(model: nn.Module, folder: Path) -> None:

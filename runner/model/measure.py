@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,6 +50,8 @@ class Measured:
     replies: tuple[str, ...]
     ended_replies: float
     """The share of replies that the model ended by itself."""
+    losses: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """For each eval conversation the weighted sum of its tokens' losses, and the weight."""
 
 
 def both(
@@ -80,8 +82,10 @@ def both(
         said = generate.replies(
             cast(Any, loaded), tokenizer, prompts, max_new_tokens=reply_tokens, progress=progress
         )
+        losses = score.conversation_losses(loaded, rows)
         return Measured(
-            eval_loss=score.mean_loss(loaded, rows) if len(rows) else None,
+            eval_loss=score.mean_of(losses),
+            losses=losses,
             retention={name: kept(loaded, tokenizer, pieces[name]) for name in names},
             replies=tuple(reply.text for reply in said),
             ended_replies=sum(reply.stopped for reply in said) / max(1, len(said)),

@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import bisect
 import json
+import os
+import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -126,6 +129,16 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Pass:
+    """What a training begins with: the tokens of a pass, and whether it computes them again."""
+
+    tokens: int
+    recompute: bool
+    is_smaller: bool
+    """Whether there was not memory for all that was wanted."""
+
+
+@dataclass(frozen=True)
 class Saving:
     """A cheaper setting: what it saves on top of those before it, and whether it then fits."""
 
@@ -217,6 +230,27 @@ def advice(model: Model, training: Training, available: int, *, most: int | None
     return Advice(0, estimate(model, chosen), tuple(found), parameters=size)
 
 
+def first_pass(
+    model: Model, training: Training, available: int, *, most: int, may_recompute: bool
+) -> Pass:
+    """As many tokens of a pass as fit in `available` bytes: `most`, or whole rows of
+    `training.max_tokens`. Activations are computed again only where one row does not fit else."""
+    rows = max(1, most // training.max_tokens)
+    found = advice(model, training, available, most=rows)
+    if not found.micro_batch and may_recompute and not training.recompute:
+        training = replace(training, recompute=True)
+        found = advice(model, training, available, most=rows)
+    is_smaller = found.micro_batch < rows
+    tokens = max(1, found.micro_batch) * training.max_tokens if is_smaller else most
+    return Pass(tokens, training.recompute, is_smaller)
+
+
+def of_tokens(training: Training, tokens: int) -> Training:
+    """The training with passes of so many tokens, in rows that are not longer than its own."""
+    rows = max(1, round(tokens / training.max_tokens))
+    return replace(training, micro_batch=rows, max_tokens=max(1, tokens // rows))
+
+
 def line(estimate: Estimate, training: Training, available: int | None = None) -> str:
     """One line for a plan: the sum, its large parts, and whether it fits."""
     where = "of GPU memory" if training.device == "cuda" else "of memory"
@@ -241,6 +275,26 @@ def beside(estimate: Estimate, measured: int, device: Device) -> str:
     said = estimate.allocated if device == "cuda" else estimate.total
     off = said / measured - 1
     return f"peak memory {_size(measured)}; {_size(said)} was estimated ({off:+.0%})"
+
+
+def computers() -> tuple[int | None, int | None]:
+    """The computer's memory and what of it is free, as a container allows it."""
+    lines = dict(re.findall(r"^(\w+):\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE))
+    if "MemTotal" in lines:
+        total = int(lines["MemTotal"]) * 1024
+        free = int(lines.get("MemAvailable", 0)) * 1024 or None
+        limit = _read("/sys/fs/cgroup/memory.max").strip()
+        if limit.isdecimal() and int(limit) < total:
+            used = _read("/sys/fs/cgroup/memory.current").strip()
+            total = int(limit)
+            free = max(0, total - int(used)) if used.isdecimal() else None
+        return total, free
+    if sys.platform == "win32":
+        return _of_windows()
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), None
+    except (AttributeError, ValueError, OSError):
+        return None, None
 
 
 def _of_gguf(found: Weights, path: Path) -> Model:
@@ -543,3 +597,30 @@ def _bytes_of(precision: Precision) -> int:
 def _size(count: float) -> str:
     """As engine/words.py, which is a layer above."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def _of_windows() -> tuple[int | None, int | None]:
+    import ctypes
+
+    class Status(ctypes.Structure):
+        """MEMORYSTATUSEX of sysinfoapi.h: two 32-bit numbers, then seven of 64 bits."""
+
+        _fields_ = (
+            ("length", ctypes.c_uint32),
+            ("load", ctypes.c_uint32),
+            *((name, ctypes.c_uint64) for name in ("total", "free", "c", "d", "e", "f", "g")),
+        )
+
+    status = Status()
+    status.length = ctypes.sizeof(Status)
+    kernel = getattr(ctypes, "windll").kernel32  # noqa: B009 (mypy knows it on Windows alone)
+    if not kernel.GlobalMemoryStatusEx(ctypes.byref(status)):
+        return None, None
+    return int(status.total), int(status.free)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""

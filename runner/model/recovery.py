@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from runner.errors import PreconditionError, RunnerError
-from runner.model import batches, lora, neftune, score
+from runner.model import batches, lora, memory, neftune, score
 from runner.model.token_files import Row
 
 Recompute = Literal["auto", "on", "off"]
@@ -65,6 +65,41 @@ class Part:
     loss: float
     weight: float
     conversations: tuple[str, ...]
+    tokens: int = 0
+    """With padding."""
+
+
+def fitted(
+    asked: Limits,
+    model: memory.Model | None,
+    training: memory.Training,
+    available: int | None,
+    emit: Emit,
+) -> tuple[Limits, bool]:
+    """The limits to begin with, by the estimate of what there is memory for; whether activations
+    are to be computed again.
+
+    A micro-batch that the recipe says stays as it is. `training.max_tokens` is the longest row's.
+    """
+    recomputes = asked.recompute == "on"
+    if model is None or available is None:
+        return asked, recomputes
+    rows = asked.micro_batch_size
+    found = memory.first_pass(
+        model,
+        replace(training, recompute=recomputes),
+        available,
+        most=rows * training.max_tokens if rows else asked.pass_tokens,
+        may_recompute=asked.recompute == "auto",
+    )
+    if rows is None and found.is_smaller:
+        text = f"passes of {found.tokens} tokens, by the estimate of what there is memory for"
+        emit({"event": "verdict", "text": text})
+        asked = replace(asked, pass_tokens=found.tokens)
+    if found.recompute and not recomputes:
+        text = "activations are computed twice, by the estimate of what there is memory for"
+        emit({"event": "verdict", "text": text})
+    return asked, found.recompute
 
 
 def gradients(
@@ -127,7 +162,8 @@ def backward(
     """
     device = next(model.parameters()).device
     total_weight = sum(float(row.weights.sum(dtype="float64")) for row in rows)
-    done: list[tuple[Tensor, float, tuple[str, ...]]] = []
+    losses: list[Tensor] = []
+    parts: list[Part] = []
     for sequences in _passes(rows, sizes, limits):
         batch = batches.packed(sequences, device)
         with (
@@ -138,8 +174,10 @@ def backward(
             loss = score.summed_nll(model, batch) / total_weight
         (loss * limits.loss_scale).backward()  # type: ignore[no-untyped-call]
         weight = sum(float(row.weights.sum(dtype="float64")) for s in sequences for row in s)
-        done.append((loss.detach(), weight / total_weight, batch.conversations))
-    return [Part(loss.item(), weight, conversations) for loss, weight, conversations in done]
+        losses.append(loss.detach())  # not asked for yet: a GPU would be waited for
+        size = batch.input_ids.numel()
+        parts.append(Part(0.0, weight / total_weight, batch.conversations, size))
+    return [replace(part, loss=loss.item()) for part, loss in zip(parts, losses, strict=True)]
 
 
 def mean_loss(

@@ -5,7 +5,7 @@ B rows, T tokens, N tokens that carry loss, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,6 +51,36 @@ def summed_nll(model: nn.Module, batch: Batch) -> Tensor:
     return torch.stack(losses).sum()
 
 
+def conversation_losses(
+    model: nn.Module, rows: Sequence[Row], *, pass_tokens: int | None = None
+) -> dict[str, tuple[float, float]]:
+    """For each conversation the weighted sum of the negative log likelihood, and the weight."""
+    device = next(model.parameters()).device
+    groups = batches.micro_batches(
+        [len(row.input_ids) for row in rows],
+        micro_batch_size=None,
+        pass_tokens=pass_tokens or batches.PASS_TOKENS[device.type],
+    )
+    nll = [0.0] * len(rows)
+    with torch.no_grad(), _evaluating(model):
+        for group in groups:
+            batch = batches.padded([rows[place] for place in group], device)
+            for place, loss in zip(group, _nll_of_rows(model, batch).tolist(), strict=True):
+                nll[place] = loss
+    found: dict[str, tuple[float, float]] = {}
+    for row, loss in zip(rows, nll, strict=True):
+        before = found.get(row.conversation, (0.0, 0.0))
+        weight = float(row.weights[1:].sum(dtype=np.float64))
+        found[row.conversation] = before[0] + loss, before[1] + weight
+    return found
+
+
+def mean_of(losses: Mapping[str, tuple[float, float]]) -> float | None:
+    """The weighted mean over conversations, in nats per token; None where there are none."""
+    weight = sum(each[1] for each in losses.values())
+    return sum(each[0] for each in losses.values()) / weight if weight else None
+
+
 def mean_loss(model: nn.Module, rows: Sequence[Row], *, pass_tokens: int | None = None) -> float:
     """Weighted mean of the negative log likelihood over all rows, in nats per token."""
     device = next(model.parameters()).device
@@ -90,9 +120,14 @@ def check_logits(model: nn.Module, row: Row) -> None:
     causal = lora.inner(model)
     device = next(model.parameters()).device
     input_ids = torch.tensor(row.input_ids[:8], dtype=torch.long, device=device)[None]
-    with torch.no_grad(), _evaluating(model):
-        own = _logits(causal, causal.base_model(input_ids=input_ids, use_cache=False)[0])
-        theirs = causal(input_ids=input_ids, use_cache=False).logits.float()
+    hidden: list[Tensor] = []
+    hook = causal.base_model.register_forward_hook(lambda *ran: hidden.append(ran[-1][0]))
+    try:
+        with torch.no_grad(), _evaluating(model):
+            theirs = causal(input_ids=input_ids, use_cache=False).logits.float()
+            own = _logits(causal, hidden[0])
+    finally:
+        hook.remove()
     # Both come from the same kernels; what is between is rounding of the last few bits.
     if not torch.allclose(own, theirs, rtol=0.05, atol=0.05 * theirs.abs().max().item()):
         raise RunnerError(
@@ -100,6 +135,27 @@ def check_logits(model: nn.Module, row: Row) -> None:
             "not known here",
             hint="the loss would be wrong; choose another base model, or report this one",
         )
+
+
+def _nll_of_rows(model: nn.Module, batch: Batch) -> Tensor:
+    """(B,): for each row the sum of weight times negative log likelihood, without a gradient."""
+    causal = lora.inner(model)
+    carries = batch.weights[:, 1:] != 0
+    hidden: Tensor = causal.base_model(input_ids=batch.input_ids, use_cache=False)[0]  # (B, T, D)
+    hidden = hidden[:, :-1][carries]  # (N, D)
+    targets = batch.input_ids[:, 1:][carries]  # (N,)
+    owners = carries.nonzero()[:, 0]  # (N,)
+    size = max(1, _LOGITS_AT_ONCE // _vocabulary(causal))
+    pieces = [
+        functional.cross_entropy(
+            _logits(causal, hidden[first : first + size]),
+            targets[first : first + size],
+            reduction="none",
+        )
+        for first in range(0, max(1, len(targets)), size)
+    ]
+    sums = torch.zeros(len(batch.weights), dtype=torch.float32, device=hidden.device)
+    return sums.index_add_(0, owners, torch.cat(pieces) * batch.weights[:, 1:][carries])
 
 
 def _piece_nll(causal: PreTrainedModel, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

@@ -30,14 +30,18 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from runner import disk
+from runner.chat import learned
+from runner.chat.learned import Learned
 from runner.errors import InterruptedRun, PreconditionError, RunnerError
 from runner.model import (
     adapter,
     batches,
     checkpoint,
+    continuing,
     identity,
     load,
     lora,
+    memory,
     optimizers,
     packing,
     recovery,
@@ -68,6 +72,8 @@ def train(
     tokens: Path,
     output: Path,
     scratch: Path,
+    parent: Path | None = None,
+    replay: float = 0.0,
     method: Method,
     epochs: float,
     max_steps: int | None,
@@ -82,6 +88,7 @@ def train(
     weight_decay: float,
     max_grad_norm: float,
     precision: Precision,
+    float32_modules: tuple[str, ...] | Literal["auto"] = "auto",
     neftune_alpha: float,
     rank: int,
     alpha: float,
@@ -105,31 +112,73 @@ def train(
     costs old checkpoints first; then the training stops with PreconditionError, and the newest and
     the best checkpoint stay.
 
-    `output` gets an adapter in PEFT's layout or a model in Hugging Face's, and `metrics.jsonl`.
+    With `parent`, a model of the same shape, it goes on from that one's weights, on the rows of
+    conversations that are new to it and the share `replay` of the others; with nothing new `output`
+    is that model again.
+
+    `output` gets an adapter in PEFT's layout or a model in Hugging Face's, `metrics.jsonl`, and
+    `conversations.txt`, which says what it has met (`learned`).
     Checkpoints go to `scratch`; what is there already is gone on from, exactly as if there had
     been no stop (bit for bit on a CPU). Raises InterruptedRun after SIGTERM or SIGINT, with a
     checkpoint saved, and RunnerError when the loss or the gradient is not a finite number.
     """
     _use_the_whole_processor()
-    rows, held_out = _rows(tokens)
-    packs = packing.read(tokens)
+    every_row, held_out = _rows(tokens)
+    if parent is None:
+        chosen_rows = continuing.everything(tokens, every_row, held_out)
+    else:
+        chosen_rows = continuing.chosen(
+            tokens, every_row, held_out, parent=parent, replay=replay, seed=seed
+        )
+        if not chosen_rows.new:
+            return _as_before(parent, output, chosen_rows, emit)
+    rows, packs = chosen_rows.rows, chosen_rows.packs
     steps = batches.planned(
         rows, batch_size=batch_size, epochs=epochs, max_steps=max_steps, seed=seed, packs=packs
     )
     every = every_steps or min(_steps_of_first_epoch(steps), MOST_STEPS_BETWEEN_CHECKPOINTS)
 
     known = identity.of(base)  # as it is now, when its weights are read
+    if parent is not None:
+        identity.check(base, parent, known)
+        adapter.check_vocabulary(base, parent)
     device = torch.device(load.device())
     dtype = precision_of(device.type, precision)
     if text := optimizers.check(optimizer, device.type):
         emit({"event": "warning", "text": text})
+    asked = Limits(
+        None if micro_batch_size == "auto" else micro_batch_size,
+        batches.PASS_TOKENS[device.type],
+        2.0**16 if dtype == "float16" else 1.0,
+        batches.PASS_TOKENS[device.type],
+        gradient_checkpointing,
+    )
+    sizes_of = memory.read(base)
+    needs = memory.Training(
+        method=method,
+        max_tokens=max(len(row.input_ids) for row in rows),
+        rank=rank,
+        target_modules=target_modules,
+        modules_to_save=modules_to_save,
+        dropout=dropout,
+        optimizer=optimizer,
+        precision=dtype,
+        device=load.device(),
+    )
+    limits, recomputes = recovery.fitted(asked, sizes_of, needs, _memory_of(device), emit)
     torch.manual_seed(seed)
     with recovery.memory_in_words("the model", "method: qlora, or a smaller base model"):
         model = (
-            _whole(base, device)
+            _whole(base if parent is None else parent, device)
             if method == "full"
             else lora.attach(
-                load.causal_lm(base, dtype=dtype, four_bit=method == "qlora", device=str(device)),
+                load.causal_lm(
+                    base,
+                    dtype=dtype,
+                    four_bit=method == "qlora",
+                    device=str(device),
+                    float32_modules=float32_modules,
+                ),
                 rank=rank,
                 alpha=alpha,
                 dropout=dropout,
@@ -139,10 +188,12 @@ def train(
                 dora=dora,
             )
         )
-    if gradient_checkpointing == "on":
+        if parent is not None and method != "full":
+            lora.take(model, parent)
+    if gradient_checkpointing == "on" or (recomputes and recovery.can_recompute(model)):
         recovery.recompute(model)
     score.check_logits(model, rows[0])
-    packed = packs is not None and batches.isolates(model, rows)
+    packed = packs is not None and batches.keeps_apart(model, rows)
     if packs is not None and not packed:
         text = "this model cannot keep packed rows apart, so each is a sequence of its own"
         emit({"event": "warning", "text": text})
@@ -164,27 +215,23 @@ def train(
         [method, optimizer, learning_rate, schedule, warmup_fraction, decay_fraction],
         [batch_size, weight_decay, max_grad_norm, dtype, neftune_alpha],
         [rank, alpha, dropout, rslora, early_stopping, seed, len(steps)],
+        *([[chosen_rows.mark]] if chosen_rows.mark else ()),
+        *([float32_modules] if float32_modules != "auto" else ()),
     )
     saved, found = checkpoint.latest(scratch, training, emit)
     curve: Curve = []
     done = seen_tokens = 0
-    limits = Limits(
-        None if micro_batch_size == "auto" else micro_batch_size,
-        batches.PASS_TOKENS[device.type],
-        2.0**16 if dtype == "float16" else 1.0,
-        batches.PASS_TOKENS[device.type],
-        gradient_checkpointing,
-    )
-    asked = limits
+    largest_pass = 0
     if found:
         weights, tensors, state = found
         _set_weights(trained, weights)
         optimizers.restore(adamw, trained, tensors)
         recovery.restore_random([tensors[key] for key in sorted(tensors) if key[:7] == "random "])
         done, seen_tokens, curve = state["step"], state["tokens"], state["curve"]
-        limits = _limits_found(model, limits, state)
+        limits = _limits_found(model, asked, limits, state)
     else:
-        for text in verdicts.before(len(set(rows.conversations))):
+        few = verdicts.before(len(set(rows.conversations)))
+        for text in [chosen_rows.words()] if parent else few:
             emit({"event": "verdict", "text": text})
 
     def has_ended() -> bool:
@@ -256,6 +303,7 @@ def train(
             with recovery.memory_in_words("the optimizer's state", _smaller_state(optimizer)):
                 optimizers.step(adamw)
             done += 1
+            largest_pass = max(largest_pass, *(part.tokens for part in parts))
             step_tokens = sum(len(row.input_ids) for row in chosen)
             seen_tokens += step_tokens
             pace = pace.after(step_tokens, _with_loss(chosen), time.monotonic() - step_started)
@@ -304,11 +352,20 @@ def train(
     chosen_step = _take_best(trained, saved, done, emit)
     saved = checkpoint.prune(saved, keep_best=keep_best, resumable=1)
     checkpoint.in_the_room_there_is(
-        partial(_write, model, method, base, known, output, curve), saved, emit
+        partial(_write, model, method, base, known, output, curve, chosen_rows.learned),
+        saved,
+        emit,
     )
     for text in verdicts.after(curve, chosen_step, len(steps), early_stopping):
         emit({"event": "verdict", "text": text})
-    return _summary(curve, chosen_step, trained, seen_tokens, pace, _peak_bytes(device))
+    summary = _summary(curve, chosen_step, trained, seen_tokens, pace, _peak_bytes(device))
+    if sizes_of is None or not largest_pass:
+        return summary
+    needs = replace(needs, recompute=recovery.is_recomputing(model))
+    said = memory.estimate(sizes_of, memory.of_tokens(needs, largest_pass))
+    emit({"event": "verdict", "text": memory.beside(said, _peak_bytes(device), needs.device)})
+    estimated = said.allocated if device.type == "cuda" else said.total
+    return {**summary, "estimated_memory_bytes": estimated}
 
 
 def precision_of(device: str, precision: Precision = "auto") -> Dtype:
@@ -359,6 +416,17 @@ def _rows(folder: Path) -> tuple[token_files.Rows, token_files.Rows]:
     return rows, held_out
 
 
+def _as_before(
+    parent: Path, output: Path, found: continuing.Chosen, emit: Emit
+) -> dict[str, float | int | str]:
+    """The parent again, because there is nothing to teach it."""
+    texts = ["nothing is new to the model, so it stays as it is"]
+    for text in (*texts, found.forgets()) if found.gone else texts:
+        emit({"event": "verdict", "text": text})
+    continuing.copy(parent, output)
+    return {"steps": 0, "new_conversations": 0}
+
+
 def _steps_of_first_epoch(steps: Sequence[batches.Step]) -> int:
     return sum(step.epoch <= 1 for step in steps)
 
@@ -394,12 +462,15 @@ def _limits_noted(model: nn.Module, asked: Limits, limits: Limits) -> dict[str, 
     }
 
 
-def _limits_found(model: nn.Module, asked: Limits, state: Mapping[str, Any]) -> Limits:
-    """The limits of a checkpoint, where the recipe and the device still ask for the same."""
-    noted, limits = state["limits"], replace(asked, loss_scale=state["loss_scale"])
+def _limits_found(
+    model: nn.Module, asked: Limits, fitted: Limits, state: Mapping[str, Any]
+) -> Limits:
+    """The limits of a checkpoint, where the recipe and the device still ask for the same; else
+    those that fit now."""
+    noted, limits = state["limits"], replace(fitted, loss_scale=state["loss_scale"])
     if noted["asked"] != _sizes(asked):
         return limits
-    if noted["recomputes"] and asked.recompute == "auto":
+    if noted["recomputes"] and asked.recompute == "auto" and not recovery.is_recomputing(model):
         recovery.recompute(model)
     micro_batch_size, pass_tokens, eval_tokens = noted["found"]
     return replace(
@@ -461,8 +532,9 @@ def _write(
     known: identity.Identity,
     output: Path,
     curve: Curve,
+    met: Learned,
 ) -> None:
-    """Writes the model and its curve whole, or nothing; PreconditionError on a full disk."""
+    """Writes the model, its curve and what it has met: all, or nothing where the disk is full."""
     needed = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     output.mkdir(parents=True, exist_ok=True)
     try:
@@ -475,6 +547,7 @@ def _write(
         # Without times, so that the same training gives the same artifact.
         lines = "".join(json.dumps(point) + "\n" for point in curve)
         (output / "metrics.jsonl").write_text(lines, encoding="utf-8", newline="\n")
+        learned.write(output, met)
     except PreconditionError:
         disk.remove(output)
         raise
@@ -519,6 +592,13 @@ def _fingerprint(
             facts.append(hashlib.file_digest(file, "sha256").hexdigest())
     facts.append([(name, list(parameter.shape)) for name, parameter in trained.items()])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _memory_of(device: torch.device) -> int | None:
+    """All that there is: what happens to be free would divide the same training otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return memory.computers()[0]
 
 
 def _memory_bytes(device: torch.device) -> int:

@@ -14,13 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from runner.errors import PreconditionError
-from runner.model import gguf_header, source
+from runner.errors import PreconditionError, RunnerError
+from runner.model import gguf_header, gguf_types, source
 from runner.model.gguf_header import TensorType
-
-Level = Literal["f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"]
+from runner.model.gguf_types import Level, Traits
 
 _HEADER_BYTES_MAX = 100_000_000  # safetensors refuses more
 _NAMED_BYTES = 180
@@ -43,29 +42,11 @@ _NAMES = {
     "up_proj": "ffn_up",
     "down_proj": "ffn_down",
 }
-_EMBEDDINGS = frozenset({"token_embd", "per_layer_token_embd"})
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blk)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 # As in lora.py, which imports torch.
 _TOWER = re.compile(r"vision|audio|image|multi_modal")
 _LEFT_ALONE = re.compile(r"altup")
-# As in gguf.py: what is too small or too sensitive to be quantised.
-_KEPT = re.compile(r"gate_inp|altup|laurel|per_layer_model_proj|conv|time_mix|indexer")
-
-_TYPES: dict[Level, TensorType] = {
-    "f16": TensorType.F16,
-    "bf16": TensorType.BF16,
-    "q8_0": TensorType.Q8_0,
-    "q6_k": TensorType.Q6_K,
-    "q5_k_m": TensorType.Q5_K,
-    "q4_k_m": TensorType.Q4_K,
-    "q4_0": TensorType.Q4_0,
-}
-_SUBSTITUTES = {
-    TensorType.Q4_K: TensorType.Q5_0,
-    TensorType.Q5_K: TensorType.Q5_1,
-    TensorType.Q6_K: TensorType.Q8_0,
-}
 
 
 @dataclass(frozen=True)
@@ -166,30 +147,21 @@ class Weights:
     def gguf_types(self, level: Level) -> Iterator[tuple[Tensor, TensorType]]:
         """How each tensor is stored at a level.
 
-        The rules of `gguf.tensor_types` for models of common shapes: those for mixtures of eight
-        experts and for 70B models, which change a thousandth of the size, are left out.
+        The rules for mixtures of eight experts and for 70B models, which change a thousandth of
+        the size, are left out.
         """
-        default = _TYPES[level]
-        layers = max((tensor.layer for tensor in self.tensors), default=0) + 1
-        tied = all(tensor.role != "output" for tensor in self.tensors)
-        for tensor in self.tensors:
-            if tensor.in_tower:
-                continue
-            wanted = default
-            if len(tensor.shape) < 2 or "norm" in tensor.role:
-                wanted = TensorType.F32
-            elif default in (TensorType.F16, TensorType.BF16):
-                pass
-            elif _KEPT.search(tensor.role):
-                wanted = TensorType.BF16
-            elif tensor.role == "output" or (tied and tensor.role in _EMBEDDINGS):
-                wanted = TensorType.Q8_0 if level == "q8_0" else TensorType.Q6_K
-            elif level in ("q4_k_m", "q5_k_m") and (
-                tensor.role.startswith(("attn_v", "attn_qkv", "ffn_down"))
-                and _gets_more_bits(tensor.layer, layers)
-            ):
-                wanted = TensorType.Q6_K
-            yield tensor, _fitting(tensor, wanted)
+        heard = [tensor for tensor in self.tensors if not tensor.in_tower]
+        layers = max((tensor.layer for tensor in heard), default=0) + 1
+        rows = {tensor.role: tensor.shape[-1] for tensor in heard}
+        heads = rows.get("attn_q", 0) // max(1, rows.get("attn_v", 1))
+        try:
+            found = gguf_types.chosen(heard, level, Traits(layers, heads_per_value=heads))
+        except RunnerError:  # such rows cannot be quantised; the export says so
+            found = gguf_types.chosen(heard, "f16", Traits(layers))
+        for tensor in heard:
+            is_small = len(tensor.shape) < 2 or "norm" in tensor.role
+            as_stored = TensorType.F32 if is_small else TensorType.BF16
+            yield tensor, found[tensor.name] or as_stored
 
 
 def read(base: Path | None) -> Weights | None:
@@ -469,16 +441,3 @@ def _is_linear(tensor: Tensor) -> bool:
 
 def _safetensors_bytes(tensors: Sequence[Tensor], each: int) -> int:
     return sum(tensor.weights * each + _NAMED_BYTES for tensor in tensors)
-
-
-def _gets_more_bits(layer: int, layers: int) -> bool:
-    """As in gguf.py: the first and the last eighth, and every third layer between."""
-    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
-
-
-def _fitting(tensor: Tensor, wanted: TensorType) -> TensorType:
-    """The type, or what takes its place where the rows are not whole blocks of it."""
-    width = tensor.shape[0] if tensor.shape else 1
-    while width % wanted.block:
-        wanted = _SUBSTITUTES.get(wanted, TensorType.F16)
-    return wanted

@@ -11,11 +11,12 @@ if TYPE_CHECKING:
 
 
 def parsed(entry: dict[str, Any]) -> Stage:
-    """The stage that a checked entry of a recipe describes; only its own file is imported."""
+    """The stage, or part of one, that a checked entry describes; only its own file is imported."""
     from runner.stages.stage import Stage
 
     kind = entry["stage"]
-    module = importlib.import_module(f"runner.stages.{kind}")
+    module = importlib.import_module(f"runner.stages.{kind.partition('/')[0]}")
     known = (value for value in vars(module).values() if isinstance(value, type))
-    (found,) = (v for v in known if issubclass(v, Stage) and v is not Stage and v.kind() == kind)
+    tagged = (v for v in known if issubclass(v, Stage) and "stage" in v.model_fields)
+    (found,) = (v for v in tagged if v.kind() == kind)
     return found.model_validate_json(json.dumps(entry), strict=True)

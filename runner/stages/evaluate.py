@@ -46,7 +46,7 @@ class Evaluate(Stage):
     fail_above: Annotated[float, Field(ge=0)] | None = None
     """Stop the run when the loss on such a text has risen by more than this share."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     outside_key = (*Stage.outside_key, "retention")
     libraries = ("torch", "transformers", "peft")
     uses_gpu = True
@@ -60,9 +60,12 @@ class Evaluate(Stage):
         return self.retention
 
     def writes_bytes(self, sizes: Sizes) -> tuple[Written, ...]:
-        """Each prompt with its two replies, at most eight bytes a token."""
+        """Each prompt with its two replies, at most eight bytes a token, and a loss for each eval
+        conversation, which is less than a quarter of what its tokens take."""
         replies = self.prompts * (2 * 8 * self.reply_tokens + 4096)
-        return Written("report", 16_384 + replies), *base_made(sizes)
+        return Written("report", 16_384 + replies + sizes.inputs.get("tokens", 0) // 4), *base_made(
+            sizes
+        )
 
     def run(self, dirs: Dirs) -> Metrics:
         from runner.model import load, measure
@@ -82,13 +85,20 @@ class Evaluate(Stage):
             texts={source.name: Path(source.path) for source in dirs.sources},
             emit=dirs.emit,
         )
-        report = judged(base, tuned, self.rules)
+        report = judged(base, tuned, self.rules) | asked_of(self.rules, self.max_forgetting)
         said = zip(asked.items(), base.replies, tuned.replies, strict=True)
         jsonl.write(
             dirs.output / "replies.jsonl",
             (
                 {"conversation": id, "messages": question, "base": b, "tuned": t}
                 for (id, question), b, t in said
+            ),
+        )
+        jsonl.write(
+            dirs.output / "losses.jsonl",
+            (
+                {"conversation": id, "nll": nll, "weight": weight}
+                for id, (nll, weight) in sorted(tuned.losses.items())
             ),
         )
         (dirs.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -149,6 +159,12 @@ def judged(base: Measured, tuned: Measured, wanted: Sequence[Rule]) -> dict[str,
             "rules": {rule.name: rules.share(found.replies, rule.plain()) for rule in wanted},
         }
     return report
+
+
+def asked_of(wanted: Sequence[Rule], max_forgetting: float) -> dict[str, Any]:
+    """What the recipe asks of a model, noted with what was found: for whoever compares two."""
+    shares = {rule.name: rule.min_share for rule in wanted}
+    return {"max_forgetting": max_forgetting, "min_shares": shares}
 
 
 def verdicts(report: Mapping[str, Any], max_forgetting: float) -> Iterator[str]:

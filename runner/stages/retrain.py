@@ -41,4 +41,4 @@ class Retrain(Settings):
     commit: bool = False
     """Commit the lockfile to git after a model was accepted; never pushes."""
     notify: Notify = Notify()
-    """Who is told when a run has ended."""
+    """Where a word is sent when a run of `runner watch` has ended or failed."""

@@ -35,7 +35,7 @@ AnyStage = Annotated[
 STAGES: dict[str, type[Stage]] = {stage.kind(): stage for stage in get_args(get_args(AnyStage)[0])}
 
 RESERVED_NAMES = (
-    *("apply.json", "apply.lock", "cache", "runs", "scratch", "state.damaged", "store"),
+    *("apply.json", "apply.lock", "cache", "runs", "scratch", "state.damaged", "store", "watch"),
     *("state.db", "state.db-journal", "state.db-shm", "state.db-wal"),
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,7 +13,22 @@ from runner.sources import SourceFile
 
 Event = dict[str, Any]
 Metrics = dict[str, float | int | str]
-Kind = Literal["conversations", "chains", "split", "tokens", "model", "report", "export"]
+Kind = Literal[
+    "conversations",
+    "chains",
+    "split",
+    "tokens",
+    "model",
+    "report",
+    "export",
+    "adapter",
+    "reference",
+    "merged",
+    "unquantised",
+    "gguf",
+    "modelfile",
+    "card",
+]
 
 NAME = r"^[^\W_][\w.-]{0,63}$"
 
@@ -31,7 +46,8 @@ class Dirs:
     """All that a stage may touch. `scratch` survives an interrupted run of the same key.
 
     `previous` is what the stage made last with the same settings, from other inputs: to take over
-    what is still right. The output must be what a build from nothing gives.
+    what is still right. The output must be what a build from nothing gives. `parent` is the model
+    that a training goes on from, on what is new and the share `replay` of what that one learned.
     """
 
     inputs: Mapping[str, Path]
@@ -44,6 +60,8 @@ class Dirs:
     seed: int
     emit: Callable[[Event], None]
     previous: Path | None = None
+    parent: Path | None = None
+    replay: float = 0.0
 
     @property
     def base(self) -> Path:
@@ -114,6 +132,14 @@ class Stage(Settings):
     shows: ClassVar[Mapping[str, str]] = {}
     """For `runner cat`: view → the JSON Lines file in the artifact; "" is the plain view."""
 
+    def units(self, maker: Stage | None, base_model: str | None) -> tuple[Unit, ...]:
+        """What it is made of, where its parts have keys and outputs of their own; else nothing.
+
+        `maker` is the stage that makes the first of what it reads; `base_model` is as the recipe
+        says.
+        """
+        return ()
+
     def run(self, dirs: Dirs) -> Metrics:
         """Does the work, from `dirs.inputs` into `dirs.output`; numbers that sum it up."""
         raise NotImplementedError
@@ -141,6 +167,16 @@ class Stage(Settings):
         with (artifact / self.shows[view]).open(encoding="utf-8", newline="\n") as lines:
             for line in lines:
                 yield line.rstrip("\n")
+
+
+class Unit(NamedTuple):
+    """A part of a stage. `transient`: not kept, and made when another part needs it. `beside`: the
+    parts above that it reads, whatever their kind, each by its name."""
+
+    name: str
+    stage: Stage
+    transient: bool = False
+    beside: tuple[str, ...] = ()
 
 
 def base_made(sizes: Sizes) -> tuple[Written, ...]:

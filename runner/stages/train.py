@@ -85,6 +85,9 @@ class Train(Stage):
     """Longer gradients are shortened to this norm."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the computation; auto takes the best that the hardware has."""
+    float32_modules: Literal["auto"] | tuple[str, ...] = "auto"
+    """Parts of layers' names that stay in float32, and unquantised, amid 4 bits or float16; auto:
+    what the architecture is known to need."""
     neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
     """Strength of the noise that is added to embeddings in training, 5 to 15; 0 adds none."""
     early_stopping: Count | Literal["off"] = 3
@@ -96,7 +99,7 @@ class Train(Stage):
     report: tuple[Literal["tensorboard"], ...] = ()
     """tensorboard: also write the curves for TensorBoard, into the run's folder."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     outside_key = (*Stage.outside_key, "micro_batch_size", "gradient_checkpointing", "report")
     libraries = ("torch", "transformers", "peft", "bitsandbytes")
     uses_gpu = True
@@ -185,17 +188,19 @@ class Train(Stage):
     def run(self, dirs: Dirs) -> Metrics:
         from runner.model import quickly
 
+        quickly.read_ahead(dirs.base)
         with quickly.importing():
             from runner.model import families, load, sft
 
         base = load.base_folder(dirs.base, dirs.cache)
-        for text in families.choices(base, self.method):
+        for text in families.choices(base, self.method, self.float32_modules):
             dirs.emit({"event": "verdict", "text": text})
         for text in families.warnings(
             base,
             method=self.method,
             learning_rate=self.learning_rate,
             warmup_fraction=self.warmup_fraction,
+            float32_modules=self.float32_modules,
         ):
             dirs.emit({"event": "warning", "text": text})
         return sft.train(
@@ -203,6 +208,8 @@ class Train(Stage):
             tokens=dirs.inputs["tokens"],
             output=dirs.output,
             scratch=dirs.scratch,
+            parent=dirs.parent,
+            replay=dirs.replay,
             method=self.method,
             epochs=self.epochs,
             max_steps=self.max_steps,
@@ -217,6 +224,7 @@ class Train(Stage):
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
             precision=self.precision,
+            float32_modules=self.float32_modules,
             neftune_alpha=self.neftune_alpha,
             rank=self.lora.rank,
             alpha=self.lora.alpha,

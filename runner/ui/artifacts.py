@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from runner.errors import PreconditionError, RecipeError
 def current(opened: Opened, step: Step) -> Path:
     """The folder with what the stage made last; raises when it has made nothing yet."""
     folder = opened.links / step.name
+    is_linked = step.name == step.stage and folder.is_dir()
     fact = lock.read(opened.lock_path).of_stage(step.name)
-    if not folder.is_dir() and fact is not None:
+    if not is_linked and fact is not None:
         folder = store.path_of(opened.workspace, fact.output)
     if not folder.is_dir():
         raise PreconditionError(
@@ -33,6 +35,21 @@ def of_kind(opened: Opened, kind: str) -> Path:
             f"{opened.path} has no stage {kind}", hint=f"add `- stage: {kind}` to it"
         )
     return current(opened, steps[-1])
+
+
+def gguf_files(opened: Opened) -> dict[str, Path]:
+    """The exported GGUF files that are there, by level, from the smallest on: those of the current
+    release, where the recipe has such, else those made last."""
+    release = lock.read(opened.lock_path).release if opened.compiled.retrain else None
+    found = {}
+    for step in opened.compiled.steps:
+        if step.kind == "export/gguf":
+            with contextlib.suppress(PreconditionError, StopIteration):
+                folder = current(opened, step)
+                if release is not None and step.name in release.outputs:
+                    folder = store.path_of(opened.workspace, release.outputs[step.name])
+                found[str(step.entry["level"])] = next(folder.glob("*.gguf"))
+    return dict(sorted(found.items(), key=lambda one: one[1].stat().st_size))
 
 
 def fact_of(opened: Opened, stage: str, output: str) -> lock.Fact:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from runner.engine import opened, words
 from runner.engine.opened import Opened
 from runner.errors import PreconditionError, RecipeError, RunnerError
-from runner.model import memory, source
+from runner.model import families, memory, source
 from runner.model.memory import Advice, Device, Estimate, Model, Precision, Training
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def shown(
 
 def machine() -> Machine:
     """What the system says, in a moment."""
-    ram, free = _ram()
+    ram, free = memory.computers()
     return Machine(_gpus(), ram, free)
 
 
@@ -189,7 +189,10 @@ def fits(current: Opened, found: Machine, asked_memory: int | None) -> tuple[Fit
 
 
 def lines(current: Opened, stages: Collection[str]) -> Iterator[str]:
-    """What each of these train stages needs of memory, a line each; nothing is fetched for it."""
+    """What each of these train stages needs of memory, and what is done otherwise for its base
+    model, a line each; nothing is fetched for it."""
+    from runner.stages import parsed
+
     spec, root = current.compiled.base_model, current.workspace.root
     if not stages or spec is None or source.on_hub(spec, root):
         return
@@ -197,6 +200,12 @@ def lines(current: Opened, stages: Collection[str]) -> Iterator[str]:
         if fit.stage in stages and fit.advice is not None:
             training = replace(fit.training, micro_batch=max(1, fit.advice.micro_batch))
             yield f"{fit.stage}: {memory.line(fit.advice.estimate, training, fit.available)}"
+    for step in current.compiled.steps:
+        if step.name in stages:
+            stage: Any = parsed(step.entry)
+            base = source.path_of(spec, root)
+            for text in families.choices(base, stage.method, stage.float32_modules):
+                yield f"{step.name}: {text}"
 
 
 def training_of(stage: Train, max_tokens: int, device: Device, precision: Precision) -> Training:
@@ -612,46 +621,6 @@ def _asked_torch() -> dict[str, Any]:
         return {"error": last, "cuda": False, "version": None}
     found: dict[str, Any] = json.loads(lines[-1])
     return found
-
-
-def _ram() -> tuple[int | None, int | None]:
-    """The computer's memory and what of it is free, as a container allows it."""
-    lines = dict(re.findall(r"^(\w+):\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE))
-    if "MemTotal" in lines:
-        total = int(lines["MemTotal"]) * 1024
-        free = int(lines.get("MemAvailable", 0)) * 1024 or None
-        limit = _read("/sys/fs/cgroup/memory.max").strip()
-        if limit.isdecimal() and int(limit) < total:
-            used = _read("/sys/fs/cgroup/memory.current").strip()
-            total = int(limit)
-            free = max(0, total - int(used)) if used.isdecimal() else None
-        return total, free
-    if sys.platform == "win32":
-        return _ram_of_windows()
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), None
-    except (AttributeError, ValueError, OSError):
-        return None, None
-
-
-def _ram_of_windows() -> tuple[int | None, int | None]:
-    import ctypes
-
-    class Status(ctypes.Structure):
-        """MEMORYSTATUSEX of sysinfoapi.h: two 32-bit numbers, then seven of 64 bits."""
-
-        _fields_ = (
-            ("length", ctypes.c_uint32),
-            ("load", ctypes.c_uint32),
-            *((name, ctypes.c_uint64) for name in ("total", "free", "c", "d", "e", "f", "g")),
-        )
-
-    status = Status()
-    status.length = ctypes.sizeof(Status)
-    kernel = getattr(ctypes, "windll").kernel32  # noqa: B009 (mypy knows it on Windows alone)
-    if not kernel.GlobalMemoryStatusEx(ctypes.byref(status)):
-        return None, None
-    return int(status.total), int(status.free)
 
 
 def _version(name: str) -> str | None:

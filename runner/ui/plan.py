@@ -102,9 +102,9 @@ def _lines(shown: Shown) -> Iterator[str]:
             price = _price(shown.costs.get(one.step.name))
             yield f"{one.step.name:{width}}  {STATES[one.state]}: {causes}{price}"
     skipped = [one for one in shown.planned if one.state == "skip"]
-    left_out = [one.step.name for one in skipped if one.is_left_out]
-    known = [one.step.name for one in skipped if not one.is_left_out]
-    if known and len(known) < len(shown.planned):
+    left_out = _stages([one for one in skipped if one.is_left_out], shown.planned)
+    known = _stages([one for one in skipped if not one.is_left_out], shown.planned)
+    if known and (left_out or len(skipped) < len(shown.planned)):
         yield f"nothing to do for {', '.join(known)}"
     elif known and shown.unsettled:
         names = ", ".join(shown.unsettled)
@@ -122,6 +122,17 @@ def _lines(shown: Shown) -> Iterator[str]:
     for stage, drift in shown.drift.items():
         what = ", ".join(f"{name} {then} → {now}" for name, (then, now) in drift.items())
         yield f"{stage} was made with others: {what} (`rerun_on: [env]` would make it count)"
+
+
+def _stages(some: Sequence[Planned], planned: Sequence[Planned]) -> list[str]:
+    """Their names; that of the stage alone, where all of its parts are among them."""
+    others = {one.step.stage for one in planned} - {
+        stage
+        for stage in {one.step.stage for one in some}
+        if all(one in some for one in planned if one.step.stage == stage)
+    }
+    names = (one.step.name if one.step.stage in others else one.step.stage for one in some)
+    return list(dict.fromkeys(names))
 
 
 def _price(cost: Cost | None) -> str:

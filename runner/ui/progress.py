@@ -119,6 +119,8 @@ def _line_of(event: Event) -> str:
             return f"{stage + ': ' if stage else ''}warning: {event['text']}"
         case "verdict":
             return f"{stage}: {event['text']}"
+        case "release":
+            return str(event["text"])
     return ""
 
 

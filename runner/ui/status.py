@@ -10,6 +10,8 @@ from runner import disk
 from runner.engine import commit, cost, plan, store, usage, words
 from runner.engine.opened import Opened
 from runner.engine.plan import Planned
+from runner.ui import watch
+from runner.watch.record import Folder
 
 
 def record(opened: Opened) -> dict[str, Any]:
@@ -22,6 +24,7 @@ def record(opened: Opened) -> dict[str, Any]:
         "stages": [
             {**_stage(opened, one, world), "is_current": one.step.name not in unsettled}
             for one in planned
+            if not one.step.transient
         ],
         "space": {
             "free": shutil.disk_usage(disk.existing(opened.workspace.store)).free,
@@ -29,6 +32,7 @@ def record(opened: Opened) -> dict[str, Any]:
             "recipes": space.recipes,
         },
         "checkpoints": _checkpoints(opened),
+        "watch": _watch(opened),
     }
 
 
@@ -58,7 +62,9 @@ def text(found: dict[str, Any]) -> str:
     for stage, room in found["checkpoints"].items():
         size = words.size(room["bytes"])
         lines.append(f"{stage}: room for {room['more']:,} more checkpoints of {size}")
-    return "\n".join(map(words.escaped, lines))
+    if found["watch"]:
+        lines += watch.text_of(found["watch"])
+    return "\n".join(line for text in lines for line in map(words.escaped, text.splitlines()))
 
 
 def _stage(opened: Opened, planned: Planned, world: plan.World) -> dict[str, Any]:
@@ -79,6 +85,13 @@ def _stage(opened: Opened, planned: Planned, world: plan.World) -> dict[str, Any
         "seconds": made.seconds if made else None,
         "metrics": made.metrics if made else {},
     }
+
+
+def _watch(opened: Opened) -> dict[str, Any] | None:
+    """What `runner watch` wrote down last; None where the recipe was never watched."""
+    folder = Folder(opened.workspace, opened.compiled.name)
+    found = folder.read()
+    return {**found, "is_running": folder.is_watched()} if found else None
 
 
 def _checkpoints(opened: Opened) -> dict[str, dict[str, int]]:

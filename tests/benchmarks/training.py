@@ -1,7 +1,12 @@
 """How fast SmolLM2-135M is trained on a CPU, beside LLaMA-Factory and TRL: tokens a second and the
 time to the first step, in one run.
 
-python -m tests.benchmarks.training [--steps 1] [--rounds 2] [--tools runner,llamafactory,trl]
+python -m tests.benchmarks.training [--only start,compare] [--steps 1] [--rounds 2]
+    [--tools runner,llamafactory,trl] [--methods lora,qlora]
+    [--groups equal,packed,unpacked,default]
+
+`start` is the seconds from the start of the runner's training, whose process is a new one, to its
+first step, with all imports and weights, beside those of `import torch` alone. `compare`:
 
 Each tool is a process of its own that starts from the same model folder and the same texts, with
 the same adapter, optimizer, precision, number of threads and conversations in a step. All of a
@@ -65,6 +70,8 @@ PACKAGES = {
     "trl": ("trl==1.16.0", "peft==0.21.2", "bitsandbytes==0.50.2"),
 }
 GROUPS = ("equal", "packed", "unpacked", "default")
+GOALS = {"equal": 1.2, "packed": 1.2, "unpacked": 1.8, "default": 1.8}
+"""How many times as fast as the faster of the two the runner is to be."""
 OURS = {"equal": "equal", "packed": "mixed"}
 """The groups that the runner has a process in, and of which texts."""
 
@@ -249,6 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--only", default="start,compare", help="start, compare or both")
     parser.add_argument("--steps", type=int, default=1, help="of each tool in a round")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--tools", default="runner,llamafactory,trl")
@@ -260,7 +268,9 @@ def main() -> None:
         "--environments", type=Path, default=Path(tempfile.gettempdir()) / "bench-venvs"
     )
     options = parser.parse_args()
-    tools = options.tools.split(",")
+    parts = options.only.split(",")
+    assert set(parts) <= {"start", "compare"}, f"--only {options.only}"
+    tools = options.tools.split(",") if "compare" in parts else []
     pythons = {
         tool: environment(options.environments / tool, PACKAGES[tool])
         for tool in tools
@@ -275,6 +285,12 @@ def main() -> None:
             f"{', '.join(versions(pythons))}",
             flush=True,
         )
+        if "start" in parts:
+            for method in options.methods.split(","):
+                asked = Asked(method, "equal", options.precision, 1, options.threads)
+                print(start_line(root, model, asked, options.rounds), flush=True)
+        if "compare" not in parts:
+            return
         if "runner" in tools:
             packed_is_one_by_one(root, model, options.threads)
         rates: dict[tuple[str, str, str], list[float]] = {}
@@ -290,6 +306,40 @@ def main() -> None:
                     rates[method, group, tool] = [step.tokens / step.seconds for step in found]
                     print(line(asked, tool, start_s, found), flush=True)
         summary(rates, starts)
+
+
+def start_line(root: Path, model: Path, asked: Asked, rounds: int) -> str:
+    """The least of some rounds, in which the runner and torch alone take turns."""
+    ours, torch_alone = [], []
+    for _ in range(max(2, rounds)):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import torch"], check=True)
+        torch_alone.append(time.perf_counter() - began)
+        ours.append(training_start_s(root, model, asked))
+    return (
+        f"{asked.method:5} from the start of the training to its first step {min(ours):.1f} s "
+        f"({max(ours):.1f} at most), {min(ours) / min(torch_alone):.1f} times `import torch` "
+        f"({min(torch_alone):.1f} s); load {os.getloadavg()[0]:.1f}"
+    )
+
+
+def training_start_s(root: Path, model: Path, asked: Asked) -> float:
+    work = fresh(root / "runner")
+    recipe = write_recipe(work, root, model, asked, OURS[asked.group], packed=False)
+    process = started("runner", [sys.executable, "-m", "runner", "apply", str(recipe), "--json"],
+                      work, asked.threads)  # fmt: skip
+    try:
+        first = process.until("metrics")
+    finally:
+        process.end()
+    said = [json.loads(text) for text in process.log if text.startswith("{")]
+    began = next(
+        event["time"]
+        for event in said
+        if event["event"] == "stage_started" and event["stage"] == "train"
+    )
+    # Of the first step the pace is that of this step alone.
+    return float(first["time"] - first["tokens"] / first["tokens_per_second"] - began)
 
 
 def taken_in_turn(
@@ -463,13 +513,18 @@ def line(asked: Asked, tool: str, start_s: float, steps: Sequence[Step]) -> str:
 
 
 def summary(rates: dict[tuple[str, str, str], list[float]], starts: dict[str, list[float]]) -> None:
+    """One table of ratios, with the goal of each group."""
+    print(f"\n{'':5} {'group':8} {'beside':12} {'runner':>8} {'other':>8} {'ratio':>6}  goal")
     for method, group, tool in rates:
         if tool == "runner":
             continue
         ours = rates.get((method, "equal" if group == "equal" else "packed", "runner"))
         if ours:
-            ratio = statistics.median(ours) / statistics.median(rates[method, group, tool])
-            print(f"{method:5} {group:8} runner / {tool}: {ratio:.2f}")
+            mine, theirs = statistics.median(ours), statistics.median(rates[method, group, tool])
+            print(
+                f"{method:5} {group:8} {tool:12} {mine:8.0f} {theirs:8.0f} {mine / theirs:6.2f}  "
+                f"{GOALS[group]}"
+            )
     for tool, found in starts.items():
         print(
             f"from the command to the first step, {tool}: {statistics.median(found):.1f} s "

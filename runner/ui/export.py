@@ -1,0 +1,166 @@
+"""One more form of a model, outside of an apply: of a recipe's, or of a folder from elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from runner import disk
+from runner.engine import execute, lock, opened, plan, store
+from runner.engine.events import Event
+from runner.engine.opened import Opened
+from runner.engine.words import did_you_mean, shown
+from runner.errors import PreconditionError, RecipeError, RunnerError
+from runner.model import source
+from runner.model.gguf_types import Level
+
+Listener = Callable[[Event], None]
+
+
+def check_levels(levels: Sequence[str]) -> None:
+    """Raises RecipeError for a level that there is none of."""
+    known = get_args(Level)
+    for level in levels:
+        if level not in known:
+            raise RecipeError(
+                f"--gguf {shown(level)}: there is no such level{did_you_mean(level, known)}",
+                hint=f"levels are {', '.join(known)}",
+            )
+
+
+def of_recipe(
+    path: Path, root: Path | None, levels: Sequence[str], to: Path, listen: Listener
+) -> list[Path]:
+    """GGUF files of what the recipe trained last, written into `to`.
+
+    They are known afterwards like any output, but the recipe, its lockfile and its links stay as
+    they are.
+    """
+    with opened.at(path, root) as current:
+        stage = _stage(current)
+    overrides = [f"{stage}.gguf=[{', '.join(levels)}]"]
+    only = tuple(f"{stage}/{level}" for level in levels)
+    with opened.at(path, root, overrides) as current:
+        choice = plan.Choice(only=(f"{stage}/reference", *only))
+        aside = current._replace(aside=True)
+        execute.apply(aside, listen, choice=choice)
+        made = {one.step.name: one.output for one in aside.plan(choice)}
+        written = []
+        for name in only:
+            folder = store.path_of(current.workspace, made[name] or "")
+            (file,) = folder.glob("*.gguf")
+            written.append(_copied(file, to / file.name))
+        return written
+
+
+def of_folder(
+    model: Path, base: str | None, levels: Sequence[str], to: Path, listen: Listener
+) -> list[Path]:
+    """GGUF files of a model or an adapter that was trained elsewhere, written into `to`.
+
+    `model` is a folder of safetensors, an adapter's folder, or a `.gguf` file; `base` names the
+    model that an adapter was trained on, as a recipe's `base_model` does. Each file is measured
+    against the model before it gets its name.
+    """
+    from runner.model import adapter, card, export, gguf, load, parity
+    from runner.model import reference as asked
+
+    disk.make_folder(to)
+    name = model.resolve().stem if model.is_file() else model.resolve().name
+    with tempfile.TemporaryDirectory(dir=to, prefix=".export-") as made:
+        work = Path(made)
+        whole = load.base_folder(model, work) if not adapter.is_adapter(model) else None
+        under = whole or load.base_folder(_base(model, base), work)
+        export.say_what_was_lost(_base(model, base) if whole is None else model, listen)
+        listen({"event": "progress", "done": 0, "total": len(levels), "unit": "files"})
+        reference = work / "reference"
+        asked.write_reference(
+            base=under, model=whole or model, tokens=None, output=reference, emit=listen
+        )
+        if whole is None:
+            whole = work / "merged"
+            adapter.merge(under, model, whole, dtype="bfloat16")
+            parity.require(asked.check_folder(whole, reference, emit=listen), "merged")
+        unquantised = work / "unquantised.gguf"
+        about = gguf.About(licence=card.licence(model if base is None else under))
+        export.unquantised(whole, unquantised, name=name, about=about)
+        written = []
+        for done, level in enumerate(levels, 1):
+            file = work / f"{name}-{level}.gguf"
+            gguf.quantize(unquantised, file, _level(level), lambda _done, _total: None)
+            parity.require(parity.check_gguf(file, reference, level, emit=listen), level)
+            target = to / file.name
+            file.replace(target)
+            disk.sync_folder(to)
+            written.append(target)
+            listen({"event": "progress", "done": done, "total": len(levels), "unit": "files"})
+        return written
+
+
+def to_ollama(path: Path, root: Path | None, name: str) -> str:
+    """Registers the exported model with Ollama; what to say of it."""
+    with opened.at(path, root) as current:
+        folder = current.links / _stage(current)
+        command = ["ollama", "create", name, "-f", str(folder / "Modelfile")]
+        if not (folder / "Modelfile").is_file():
+            raise PreconditionError(
+                f"there is no Modelfile in {folder}",
+                hint=f"write `ollama: true` into the export stage, and run `runner apply {path}`",
+            )
+    if name.startswith("-") or not name:
+        raise RecipeError(f"--ollama {shown(name)} is no name", hint="give a name, my-style, say")
+    if shutil.which("ollama") is None:
+        raise PreconditionError(
+            "ollama is not installed here", hint=f"where it is: {' '.join(command)}"
+        )
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        raise RunnerError(
+            f"ollama create ended with exit code {done.returncode}",
+            hint="\n  ".join(["it said last:", *said[-3:]]),
+        )
+    return f"ollama run {name}"
+
+
+def _stage(current: Opened) -> str:
+    """The name of the last export stage."""
+    stages = [step.stage for step in current.compiled.steps if step.kind.startswith("export/")]
+    if not stages:
+        raise PreconditionError(
+            f"{current.path} has no stage export", hint="add `- stage: export` to it"
+        )
+    if not lock.read(current.lock_path).facts:
+        raise PreconditionError(
+            f"{current.path} has not been applied yet", hint=f"run `runner apply {current.path}`"
+        )
+    return stages[-1]
+
+
+def _base(model: Path, base: str | None) -> Path:
+    """The base model of an adapter that was trained elsewhere."""
+    if base is None:
+        raise RecipeError(
+            f"{model} is an adapter, and its base model is not named",
+            hint="add --base with the folder or .gguf file of the model it was trained on",
+        )
+    if source.on_hub(base, Path()):
+        return source.downloaded(base, source.latest_commit(base))
+    return source.path_of(base, Path())
+
+
+def _copied(file: Path, target: Path) -> Path:
+    disk.make_folder(target.parent)
+    disk.check_room(target.parent, file.stat().st_size)
+    with disk.being_written(target) as beside:
+        shutil.copyfile(file, beside)
+    return target
+
+
+def _level(level: str) -> Any:
+    """One that `check_levels` has let pass."""
+    return level
