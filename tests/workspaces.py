@@ -94,7 +94,7 @@ def run(
     *arguments: str | Path,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
-    timeout: float = 100,
+    timeout: float = 600,
 ) -> subprocess.CompletedProcess[str]:
     """The command `runner` in a process of its own."""
     return subprocess.run(
