@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 EXIT_CODES = """\
 exit codes:
@@ -20,7 +20,16 @@ exit codes:
 
 SHAPES = ("messages", "sharegpt", "alpaca")
 
-Parser = argparse.ArgumentParser
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong of a command with the usage of that command."""
+
+    def parse_known_args(self, *arguments: Any, **named: Any) -> Any:
+        """As argparse does, which has only the whole refuse what a command does not know."""
+        found, unknown = super().parse_known_args(*arguments, **named)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
 
 def parser(asked: str = "") -> Parser:
@@ -45,11 +54,16 @@ def parser(asked: str = "") -> Parser:
             command.fill(found)
         found.add_argument("--json", action="store_true", help="print JSON for programs")
         found.add_argument("--debug", action="store_true", help="log more, show tracebacks")
+    if asked and not asked.startswith("-") and asked not in COMMANDS:
+        from runner.engine import words
+
+        near = words.did_you_mean(asked, COMMANDS) or "; `runner --help` lists them"
+        whole.error(f"there is no command {words.shown(asked)}{near}")
     return whole
 
 
 class _Version(argparse.Action):
-    def __call__(self, parser: Parser, *_: object) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
 
         print(f"runner {version('runner')}")

@@ -229,14 +229,14 @@ def _choice(options: argparse.Namespace) -> Choice:
 def _apply(options: argparse.Namespace) -> int:
     from runner.engine import execute, opened
 
-    shown: list[bool] = []
+    shown: list[str] = []
     with (
         opened.at(options.recipe, options.workspace, options.overrides) as current,
         _progress(options.json, shown) as listen,
     ):
         planned = execute.apply(current, listen, choice=_choice(options), wait=not options.no_wait)
         results = current.links
-    did = any(step.state != "skip" for step in planned)
+    did = any(step.state != "skip" for step in planned) or "switched" in shown
     global is_brief
     is_brief = not did and not shown
     if options.json:
@@ -253,12 +253,14 @@ def _apply(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _progress(
-    as_json: bool, shown: list[bool] | None = None
+    as_json: bool, shown: list[str] | None = None
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
     """What shows the events of a run as they come; `shown` gets an entry when there was one."""
     views: list[Any] = []
 
     def listen(event: dict[str, Any]) -> None:
+        if shown is not None:
+            shown.append(event["event"])
         try:
             if as_json:
                 _print_json(event)
@@ -267,8 +269,6 @@ def _progress(
                 from runner.ui import progress
 
                 views.append(progress.view(terminal=_on_terminal()))
-                if shown is not None:
-                    shown.append(True)
             views[0].show(event)
         except BrokenPipeError:
             _mute()  # nobody looks any more, which is no reason to stop the run
@@ -381,7 +381,7 @@ def _export(options: argparse.Namespace) -> int:
         what = "--base is for a model" if recipe else "--ollama is for a recipe"
         raise RecipeError(f"{what}, and {options.model} is none", hint="leave it out")
     export.check_levels(options.gguf)
-    written: list[Path] = []
+    written: list[export.Exported] = []
     with _progress(options.json) as listen:
         if options.gguf and recipe:
             written = export.of_recipe(
@@ -391,11 +391,15 @@ def _export(options: argparse.Namespace) -> int:
             written = export.of_folder(
                 options.model, options.base, options.gguf, options.to, listen
             )
-    for path in written:
+    for path, parity in written:
         if options.json:
-            _print_json({"event": "written", "path": str(path), "bytes": path.stat().st_size})
+            size = path.stat().st_size
+            _print_json({"event": "written", "path": str(path), "bytes": size, "parity": parity})
         else:
-            print(f"wrote {path}")
+            print(
+                f"wrote {path}: mean KL {parity['mean_kl']:.3g}, the same next token in"
+                f" {parity['top1']:.0%} of places"
+            )
     if options.ollama:
         command = export.to_ollama(options.model, options.workspace, options.ollama)
         if options.json:
@@ -476,8 +480,19 @@ def _status(options: argparse.Namespace) -> int:
     from runner.engine import opened
     from runner.ui import status
 
-    with opened.at(options.recipe, options.workspace, options.overrides) as current:
-        found = status.record(current)
+    try:
+        with opened.at(options.recipe, options.workspace, options.overrides) as current:
+            found = status.record(current)
+    except RecipeError as error:
+        watch = status.watch_of(options.recipe, options.workspace)
+        if watch is None:
+            raise
+        if options.json:
+            said = {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
+            _print_json({"watch": watch, **said})
+            return error.exit_code
+        _say(status.watch_text(watch))
+        raise
     if options.json:
         _print_json(found)
     else:
@@ -541,7 +556,7 @@ def _release(
     decide: Callable[[Opened, Callable[[dict[str, Any]], None]], Verdict],
 ) -> int:
     """Has another release be the current one, and says what became of it."""
-    from runner.engine import opened
+    from runner.engine import opened, release
     from runner.engine.words import escaped
     from runner.ui import progress
 
@@ -552,6 +567,8 @@ def _release(
             print(progress.line_of(event))
 
     with opened.at(options.recipe, options.workspace, options.overrides) as current:
+        if current.compiled.retrain is None:
+            release.promote(current)  # refuses, and no lock is waited for to do so
         verdict = decide(current, listen)
     if options.json:
         _print_json(verdict.event())

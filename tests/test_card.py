@@ -9,6 +9,8 @@ import yaml
 
 from runner.model import card
 
+PARITY = {"mean_kl": 0.0312, "top1": 0.912, "stops": 7, "reference_stops": 7, "texts": 9}
+
 
 def written(**changes: Any) -> str:
     facts: dict[str, Any] = {
@@ -16,13 +18,13 @@ def written(**changes: Any) -> str:
         "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "licence": "apache-2.0",
         "method": "lora",
-        "epochs": 3,
+        "steps": 63,
         "conversations": 1234,
         "eval_loss_before": 2.5,
         "eval_loss": 1.75,
         "files": [
             card.File("merged", "merged", 269_000_000),
-            card.File("style-q4_k_m.gguf", "q4_k_m", 105_000_000, {"mean_kl": 0.0312}),
+            card.File("style-q4_k_m.gguf", "q4_k_m", 105_000_000, PARITY),
         ],
         "languages": ["en", "ru"],
     }
@@ -57,17 +59,20 @@ def test_the_page_says_what_the_model_was_made_from() -> None:
 # my style
 
 [HuggingFaceTB/SmolLM2-135M-Instruct](https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct) \
-was fine-tuned: a low-rank adapter (LoRA) was trained on 1,234 conversations, 3 times over. \
+was fine-tuned: a low-rank adapter (LoRA) was trained on 1,234 conversations; \
+the last training took 63 steps. \
 The base model's licence is apache-2.0.
 
-Mean loss for each token of held-out replies: 1.75, 2.5 before the training.
+Mean loss for each token of held-out replies: 1.75, 2.5 before that training.
 
-| file | form | size | mean kl |
-| --- | --- | ---: | ---: |
-| merged | merged | 269 MB |  |
-| style-q4\\_k\\_m.gguf | q4\\_k\\_m | 105 MB | 0.0312 |
+| file | form | size | mean KL | same next token | stops |
+| --- | --- | ---: | ---: | ---: | ---: |
+| merged | merged | 269 MB |  |  |  |
+| style-q4\\_k\\_m.gguf | q4\\_k\\_m | 105 MB | 0.0312 | 91.2% | 7 of 7 |
 
-The last columns compare each form with the model as it was trained.
+The last three columns compare each form with the model as it was trained: how far its \
+probabilities of the next token are from that (0 is the same; below 0.05 it can hardly be told), \
+how often the likeliest token is the same, and how many replies end where they should.
 """
     )
 
@@ -76,7 +81,7 @@ def test_what_is_not_known_is_left_out() -> None:
     text = written(
         base_model=None,
         licence=None,
-        epochs=None,
+        steps=None,
         conversations=None,
         eval_loss_before=None,
         eval_loss=None,

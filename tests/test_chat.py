@@ -281,6 +281,12 @@ def test_one_reply_to_a_prompt_as_json(smollm2_gguf: Path, tmp_path: Path) -> No
     assert "Paris" in json.loads(done.stdout)["reply"]
 
 
+def test_a_prompt_without_a_word_is_refused(tmp_path: Path) -> None:
+    done = run("chat", make(tmp_path, chats=1), "--base", "--once", " ")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--once has nothing to say" in done.stderr
+
+
 def test_without_a_base_model_there_is_none_to_talk_with(tmp_path: Path) -> None:
     done = run("chat", make(tmp_path, chats=1), "--base", "--once", "hi")
     assert (done.returncode, done.stdout) == (3, "")

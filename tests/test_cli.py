@@ -31,6 +31,17 @@ def test_wrong_usage_exits_2() -> None:
     assert run("apply").returncode == 2
 
 
+def test_a_command_that_is_spelt_wrong_gets_the_nearest_one() -> None:
+    last = run("aply").stderr.splitlines()[-1]
+    assert last == "runner: error: there is no command 'aply'; did you mean 'apply'?"
+
+
+def test_what_a_command_does_not_know_is_said_with_its_own_usage() -> None:
+    said = run("status", "x.yaml", "--foo").stderr
+    assert said.startswith("usage: runner status ")
+    assert said.endswith("runner status: error: unrecognized arguments: --foo\n")
+
+
 @pytest.mark.parametrize("command", ["validate", "plan", "apply", "status", "preview"])
 def test_no_recipe_is_one_sentence(tmp_path: Path, command: str) -> None:
     done = run(command, "none.yaml", cwd=tmp_path)

@@ -217,5 +217,13 @@ def test_a_model_of_an_unknown_kind_is_said_and_is_no_failure(recipe: Path) -> N
     assert "what memory it needs is not known" in done.stdout
 
 
+@pytest.mark.parametrize("more", [(), ("--memory", "8GB")])
+def test_a_base_model_that_is_not_there_exits_3(recipe: Path, more: tuple[str, ...]) -> None:
+    recipe.write_text(RECIPE.replace("base_model: base", "base_model: package:no-such/x.gguf"))
+    done = run(recipe, *more)
+    assert done.returncode == 3
+    assert done.stdout.count("the package 'no-such' is not installed") == 1
+
+
 def test_control_characters_of_a_name_do_not_reach_the_terminal() -> None:
     assert "\x1b" not in doctor.text([Check("GPU", "ok", "a\x1b[31mb")], [], [])

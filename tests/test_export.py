@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from runner.engine import lock
+from runner.engine.recipe import compile
 from tests.workspaces import DATA_RECIPE, make, run, states
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,10 +86,30 @@ def test_another_level_makes_that_level_alone(recipe: Path) -> None:
     before = links(recipe)
     assert states(recipe)["export/q8_0"] == "skip"
     made = ran(recipe)
-    assert made[:3] == ["export/merged", "export/unquantised", "export/q4_k_m"]
-    assert set(made[3:]) <= {"export/card"}
+    on_the_way = ["export/merged", "export/unquantised", "export/importance"]
+    assert made[:4] == [*on_the_way, "export/q4_k_m"]
+    assert set(made[4:]) <= {"export/card"}
     assert links(recipe) == before | {"small-q4_k_m.gguf"}
     assert set(states(recipe).values()) == {"skip"}
+
+
+def test_only_levels_of_few_bits_read_an_importance_matrix() -> None:
+    def inputs(settings: str) -> dict[str, dict[str, str]]:
+        text = RECIPE.replace("gguf: [q8_0]", settings)
+        steps = compile(text.encode(), "x.yaml").steps
+        return {step.name: step.inputs for step in steps if step.stage == "export"}
+
+    found = inputs("gguf: [f16, q8_0, q6_k, q4_k_m, q2_k]")
+    plain = {"unquantised": "export/unquantised", "reference": "export/reference"}
+    for level in ("f16", "q8_0", "q6_k"):
+        assert found[f"export/{level}"] == plain
+    for level in ("q4_k_m", "q2_k"):
+        assert found[f"export/{level}"] == {**plain, "importance": "export/importance"}
+    assert found["export/importance"]["tokens"] == "tokenize"
+    assert "export/importance" not in inputs("gguf: [f16, q8_0, q6_k]")
+    off = inputs("gguf: [q8_0, q4_k_m]\n    importance: off")
+    assert off["export/q4_k_m"] == plain
+    assert "export/importance" not in off
 
 
 def test_a_level_less_removes_its_file(recipe: Path) -> None:

@@ -239,6 +239,15 @@ def test_what_a_quantised_base_had_lost_is_said(
     assert "(bitsandbytes, 4 bits a weight)" in str(gguf.lost(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "\xff", '{"quantization_config": {"bits": "many"}}', "[" * 100_000]
+)
+def test_a_damaged_config_of_a_base_is_a_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(PreconditionError, match=r"config\.json is no config of a model"):
+        gguf.lost(tmp_path)
+
+
 def test_rows_that_fit_no_k_quant_get_llama_cpps_substitutes() -> None:
     def types(width: int, level: Level) -> TensorType:
         tensor = gguf_header.Tensor("blk.1.attn_q.weight", (width, 64), TensorType.F16, 0)

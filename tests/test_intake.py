@@ -428,3 +428,43 @@ def test_a_file_that_holds_no_conversation_is_a_sentence(
             metadata=(),
             file=str(tmp_path / "new"),
         )
+
+
+def test_a_folder_above_may_have_wildcards_in_its_name(tmp_path: Path) -> None:
+    root = tmp_path / "chats [old]"
+    (root / "a").mkdir(parents=True)
+    assert intake.place(root, ["a/*.json"], "auto") == Place(root / "a", ".json")
+
+
+def from_file(recipe: Path, file: Path | str) -> list[Path]:
+    from runner.ui import add
+
+    nothing: dict[str, Any] = {"user": None, "reply": None, "system": None, "metadata": ()}
+    return add.conversations(recipe, None, (), file=str(file), **nothing)
+
+
+def test_a_file_without_an_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunnerError, match="/dev/zero has more than 67,108,864 bytes"):
+        from_file(make(tmp_path, chats=1), "/dev/zero")
+
+
+def test_a_pipe_that_nobody_writes_to_is_empty(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RunnerError, match="pipe is empty"):
+        from_file(make(tmp_path, chats=1), tmp_path / "pipe")
+
+
+def test_a_pipe_is_read_to_its_end_however_slow(tmp_path: Path) -> None:
+    out, into = os.pipe()
+    said = json.dumps({"messages": LEFT}).encode()
+
+    def write() -> None:
+        for part in (said[:9], said[9:]):
+            time.sleep(0.2)
+            os.write(into, part)
+        os.close(into)
+
+    with ThreadPoolExecutor() as pool:
+        pool.submit(write)
+        assert len(from_file(make(tmp_path, chats=1), f"/dev/fd/{out}")) == 1
+    os.close(out)

@@ -217,3 +217,37 @@ def test_damaged_files_are_one_sentence(
 
     with pytest.raises(PreconditionError, match=r"broken cannot be read"):
         open_both()
+
+
+@pytest.mark.parametrize(
+    "index", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": ["model.safetensors"]}']
+)
+def test_an_index_that_names_nothing_is_a_sentence(
+    tmp_path: Path, tiny_folder: Path, index: str
+) -> None:
+    folder = without(tiny_folder, tmp_path / "base")
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(PreconditionError, match="does not say which weight files there are"):
+        load.base_folder(folder, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../base/model.safetensors", "/etc/passwd", "..", "a\\b", "", 3])
+def test_an_index_that_names_files_elsewhere_is_refused(
+    tmp_path: Path, tiny_folder: Path, name: object
+) -> None:
+    folder = without(tiny_folder, tmp_path / "base")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(PreconditionError, match="which is no file beside it"):
+        load.base_folder(folder, tmp_path)
+
+
+@pytest.mark.parametrize("size", [1 << 40, 1 << 62, 96])
+def test_a_size_that_no_model_of_the_weights_has_is_one_sentence(
+    tmp_path: Path, tiny_folder: Path, size: int
+) -> None:
+    folder = without(tiny_folder, tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": size}))
+    with pytest.raises(PreconditionError, match="base cannot be read"):
+        load.causal_lm(folder, dtype="float32", device="cpu")

@@ -72,6 +72,27 @@ def test_all_mistakes_are_reported_at_once_with_their_lines() -> None:
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
+        (
+            "min_interval: 6 hours",
+            "retrain.min_interval cannot be '6 hours'; write 90s, 30min, 6h or 1d",
+        ),
+        ("at: 22-6", "retrain.at cannot be '22-6'; write 22:00-06:00"),
+        (
+            "notify: {webhook: example.org}",
+            "retrain.notify.webhook cannot be 'example.org'; write a URL that begins with https://",
+        ),
+    ],
+)
+def test_a_value_of_another_shape_is_told_what_to_write(setting: str, sentence: str) -> None:
+    found = problems(
+        f"name: x\nretrain: {{{setting}}}\nstages:\n  - {{stage: ingest, sources: [a]}}\n"
+    )
+    assert [problem.partition(": ")[2] for problem in found] == [sentence]
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
         ("learning_rate: fast", "learning_rate in train must be a number, not 'fast'"),
         ("learning_rate: '1e-4'", "learning_rate in train must be a number, not '1e-4'"),
         ("epochs: 0", "epochs in train must be greater than 0, not 0"),

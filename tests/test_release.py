@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
-from runner.engine import execute, gc, lock, opened, release, store
+from runner.engine import execute, gc, lock, opened, release, store, usage
 from runner.engine.events import Event
 from runner.engine.lock import Lock, Release
 from runner.engine.opened import Opened
 from runner.errors import PreconditionError, RecipeError
 from runner.model import load, score, token_files
+from runner.ui import status
+from runner.watch.record import Folder
 from tests import tiny_models
 from tests.workspaces import apply, chat, git, grow_old, make, ran, run, states
 
@@ -259,6 +262,16 @@ def test_without_retrain_there_are_no_releases(tmp_path: Path) -> None:
             release.promote(current)
 
 
+@pytest.mark.parametrize("command", ["promote", "rollback"])
+def test_without_retrain_no_lock_is_waited_for(tmp_path: Path, command: str) -> None:
+    recipe = make(tmp_path)
+    apply(recipe)
+    with FileLock(tmp_path / "artifacts" / "apply.lock"):
+        done = run(command, recipe, timeout=60)
+    assert done.returncode == 2
+    assert "has no `retrain:`" in done.stderr
+
+
 def test_locked_decides_nothing_and_still_makes_the_link(current: Opened) -> None:
     considered(current, "one", report(current))
     made(current, "two", report(current, {"a": 1.0}))
@@ -326,6 +339,47 @@ def test_rollback_goes_to_the_release_that_is_named(current: Opened) -> None:
     with pytest.raises(RecipeError, match="there is no release 9 of") as caught:
         release.rollback(current, 9)
     assert caught.value.hint == "there are 1, 2, 3, 4"
+
+
+def test_status_names_the_current_release_and_where_it_is_from(current: Opened) -> None:
+    for name in ("one", "two"):
+        considered(current, name, report(current))
+    release.rollback(current)
+    found = status.record(current)
+    assert found["releases"]["current"] == {"number": 3, "from": 1, "outputs": now(current).outputs}
+    assert "current: release 3 (release 1 again)" in status.text(found).splitlines()
+
+
+def test_status_names_what_was_kept_aside_last_and_how_to_take_it(current: Opened) -> None:
+    considered(current, "one", report(current))
+    considered(current, "two", report(current, {"a": 8.0, "b": 8.0}))
+    model = made(current, "three", report(current, {"a": 9.0, "b": 9.0}))
+    release.consider(current, lambda event: None)
+    assert (
+        f"  kept aside last: train {model[:12]}, found worse than release 1;"
+        f" `runner promote {current.path}` takes it all the same"
+    ) in status.text(status.record(current)).splitlines()
+    release.promote(current)
+    assert model not in str(status.record(current)["releases"]["kept_aside"])
+
+
+def test_status_leaves_out_the_folder_that_the_link_leads_to(current: Opened) -> None:
+    considered(current, "one", report(current))
+    assert any(name.startswith(".current") for name in usage.links(current.workspace)["small"])
+    assert ".current" not in status.text(status.record(current))
+
+
+def test_status_says_that_another_release_is_current_than_the_watch_knows(current: Opened) -> None:
+    for name in ("one", "two"):
+        considered(current, name, report(current))
+    watched = {"path": str(current.path.absolute()), "text": "x", "is_running": True, "release": 2}
+    folder = Folder(current.workspace, "small")
+    folder.path.mkdir()
+    folder.write(watched)
+    said = "since then: release 3 (release 1 again), made current beside the watch"
+    assert said not in status.text(status.record(current))
+    release.rollback(current)
+    assert said in status.text(status.record(current))
 
 
 def test_rollback_refuses_what_is_not_there(current: Opened) -> None:

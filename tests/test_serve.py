@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,7 @@ def test_with_a_key_another_name_is_answered(locked: dict[str, Any]) -> None:
 
 
 def test_a_web_page_of_another_origin_gets_nothing(ready: dict[str, Any]) -> None:
-    for origin in ("http://evil", "null", "http://localhost:3000"):
+    for origin in ("http://evil", "null", "http://localhost:3000", "http://[", "", "x"):
         body = json.dumps({"messages": FRANCE, "max_tokens": 1}).encode()
         status, headers, _ = asked(ready, "POST", "/v1/chat/completions", body, Origin=origin)
         assert status == 403
@@ -230,6 +230,66 @@ def test_a_client_that_goes_away_does_not_hold_up_the_next(
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def raw(ready: dict[str, Any], *parts: bytes, ends: bool = False) -> bytes:
+    """All that comes back for these bytes; `ends` says that no more are sent."""
+    port = int(ready["url"].split(":")[2].partition("/")[0])
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        for part in parts:
+            connection.sendall(part)
+        if ends:
+            connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+
+def post(body: bytes, length: int, version: str = "HTTP/1.1") -> bytes:
+    head = f"POST /v1/chat/completions {version}\r\nHost: localhost\r\nContent-Length: {length}"
+    return f"{head}\r\n\r\n".encode() + body
+
+
+@pytest.mark.parametrize("version", ["HTTP/1.0", "HTTP/1.1"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_sends_no_more_gets_its_answer(
+    ready: dict[str, Any], stream: bool, version: str
+) -> None:
+    asks = {"messages": FRANCE, "max_tokens": 8, "temperature": 0, "stream": stream}
+    body = json.dumps(asks).encode()
+    answer = raw(ready, post(body, len(body), version), ends=True)
+    assert b"HTTP/1.1 200 OK" in answer
+    assert b"Paris" in answer
+
+
+def test_a_body_that_ends_too_early_is_refused(ready: dict[str, Any]) -> None:
+    answer = raw(ready, post(b'{"messages"', 100), ends=True)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert b"ended after 11 of 100 bytes" in answer
+
+
+def test_too_many_connections_are_told_to_come_again(ready: dict[str, Any]) -> None:
+    port = int(ready["url"].split(":")[2].partition("/")[0])
+    with ExitStack() as stack:
+        for _ in range(serve.CONNECTIONS_MAX):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        status, headers, _ = asked(ready, "GET", "/health")
+        assert (status, headers["retry-after"]) == (503, "1")
+    end = time.monotonic() + 20
+    while asked(ready, "GET", "/health")[0] != 200:
+        assert time.monotonic() < end
+
+
+def test_a_request_that_drips_is_cut_off_in_time() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, ThreadPoolExecutor() as pool:
+
+        def drip() -> None:
+            for _ in range(20):
+                theirs.send(b"x")
+                time.sleep(0.05)
+
+        pool.submit(drip)
+        with pytest.raises(TimeoutError):
+            serve._InTime(ours, 0.3).readall()
+
+
 def test_it_ends_with_exit_code_0_and_leaves_nothing_behind(
     smollm2_gguf: Path, tmp_path: Path, name: str
 ) -> None:

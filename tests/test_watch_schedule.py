@@ -2,7 +2,9 @@ import time
 from datetime import datetime
 
 import pytest
+from pydantic import ValidationError
 
+from runner.stages.retrain import Retrain
 from runner.watch.schedule import Batch, Conditions, Pace, opening, retry_after, seconds
 
 PACE = Pace()
@@ -89,3 +91,19 @@ def test_a_recipe_without_retrain_trains_on_one_new_conversation() -> None:
     conditions = Conditions.of(None)
     assert conditions.wait(1, 0.0, 1.0) is None
     assert conditions.wait(0, 0.0, 1.0) is not None
+
+
+def test_a_clock_that_was_ahead_once_stops_no_training() -> None:
+    conditions = Conditions(min_interval_s=3600)
+    assert conditions.wait(5, at("2036-03-10 12:00"), at("2026-03-10 12:00")) is None
+
+
+@pytest.mark.parametrize("written", ["\uff11h", "\u0661d", "1\u0660min"])
+def test_a_duration_has_plain_digits(written: str) -> None:
+    with pytest.raises(ValidationError):
+        Retrain(min_interval=written)
+
+
+def test_hours_have_plain_digits() -> None:
+    with pytest.raises(ValidationError):
+        Retrain(at="0\uff11:00-02:00")

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 PACE = {
-    "settle_s": 0.3,
-    "quiet_s": 0.5,
+    "settle_s": 0.2,
+    "quiet_s": 0.3,
     "longest_s": 4.0,
     "rescan_s": 300.0,
     "poll_s": 1.0,
     "retry_s": 1.0,
     "retry_max_s": 2.0,
-    "tick_s": 0.05,
+    "tick_s": 0.02,
     "heartbeat_s": 600.0,
 }
 

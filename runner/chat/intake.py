@@ -61,7 +61,7 @@ def place(root: Path, sources: Sequence[str], format: str) -> Place:
         path = root / source
         if path.is_dir():
             return Place(path, format=format)  # type: ignore[arg-type]  # looked up above
-        if found := _before_glob(path):
+        if found := _before_glob(root, source):
             return Place(*found, format=format)  # type: ignore[arg-type]
     raise RecipeError(
         "no source of the recipe is a folder that takes new files"
@@ -243,13 +243,13 @@ _MESSAGE = f"a message has {', '.join(_KEYS)}"
 _PLAIN = "texts, numbers, true, false, and lists and dicts of them can be kept"
 
 
-def _before_glob(path: Path) -> tuple[Path, str] | None:
+def _before_glob(root: Path, source: str) -> tuple[Path, str] | None:
     """The folder before a glob, and the ending that the glob finds there."""
-    parts = path.parts
+    parts = Path(source).parts
     start = next((n for n, part in enumerate(parts) if any(c in part for c in "*?[")), None)
     if start is None:
         return None
-    folder, rest = Path(*parts[:start]), parts[start:]
+    folder, rest = root.joinpath(*parts[:start]), parts[start:]
     while rest[:1] == ("**",):
         rest = rest[1:] or ("*",)
     if len(rest) != 1 or not folder.is_dir():

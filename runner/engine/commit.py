@@ -68,21 +68,17 @@ def _others(current: Opened) -> list[Path]:
             current.links, step.name, store.path_of(current.workspace, fact.output)
         )
     }
-    folders = {current.links / step.stage for step in parts}
-    gone = {current.links / fact.stage.partition("/")[0] for fact in locked.facts}
-    for folder in sorted(folders | gone):
-        if folder.is_dir() and not folder.is_symlink():
+    for folder in sorted(current.links.glob("[!.]*")):
+        if folder.is_dir() and not folder.is_symlink() and folder.name != CURRENT:
             found += [p for p in sorted(folder.iterdir()) if p.is_symlink() and p not in wanted]
     return found
 
 
-def is_settled(current: Opened, planned: tuple[Planned, ...]) -> bool:
-    """Whether lockfile and links say what is known."""
-    return current.aside or (not unsettled(current, planned) and not _others(current))
-
-
 def unsettled(current: Opened, planned: tuple[Planned, ...]) -> list[str]:
-    """The stages whose known output is not the one that the lockfile and the links name."""
+    """The stages whose known output is not the one that the lockfile and the links name, and the
+    links that are left over."""
+    if current.aside:
+        return []
     locked = lock.read(current.lock_path)
     found = []
     for one in planned:
@@ -95,7 +91,8 @@ def unsettled(current: Opened, planned: tuple[Planned, ...]) -> list[str]:
         if said != [fact] or not all(disk.points(link, target) for link, target in expected):
             found.append(one.step.name)
     names = {step.name for step in current.compiled.steps}
-    return found + sorted({fact.stage for fact in locked.facts} - names)
+    left = {link.relative_to(current.links).parts[0] for link in _others(current)}
+    return found + sorted(({fact.stage for fact in locked.facts} - names) | left)
 
 
 def keep_elsewhere(current: Opened, planned: Planned, *, thorough: bool = False) -> None:

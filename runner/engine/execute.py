@@ -13,6 +13,7 @@ from runner import disk
 from runner.engine import commit, release, store
 from runner.engine.opened import Opened
 from runner.engine.plan import EVERYTHING, Choice, Planned
+from runner.engine.recipe import CURRENT
 from runner.engine.release import Verdict
 from runner.engine.workspace import Workspace
 from runner.errors import BusyError, PreconditionError
@@ -29,11 +30,7 @@ def apply(
     """
     planned = current.plan(choice)
     _refuse(planned)
-    if (
-        all(step.state == "skip" for step in planned)
-        and commit.is_settled(current, planned)
-        and (choice.locked or release.is_settled(current))
-    ):
+    if all(step.state == "skip" for step in planned) and not pending(current, planned, choice):
         store.register(current.workspace)
         for output in filter(None, (step.output for step in planned)):
             store.use(current.workspace, output)
@@ -45,7 +42,7 @@ def apply(
             _refuse(planned)
         store.register(current.workspace)
         if all(step.state == "skip" for step in planned):
-            listen({"event": "switched", "stages": commit.unsettled(current, planned)})
+            listen({"event": "switched", "stages": pending(current, planned, choice)})
             for step in planned:
                 commit.output(current, step)
             commit.drop_links(current)
@@ -58,6 +55,13 @@ def apply(
             run.run(current, planned, choice, listen)
             commit.drop_links(current)
         return planned
+
+
+def pending(current: Opened, planned: tuple[Planned, ...], choice: Choice) -> list[str]:
+    """What an apply changes although no stage runs: stages of which lockfile or links say something
+    else, and `current` where a release is not decided on, or the link does not lead to it."""
+    found = commit.unsettled(current, planned)
+    return found if choice.locked or release.is_settled(current) else [*found, CURRENT]
 
 
 def _clear_left(current: Opened) -> None:

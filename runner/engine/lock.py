@@ -208,6 +208,8 @@ def _is_release(record: dict[str, Any]) -> bool:
         and bool(outputs)
         and _are_hashes(outputs.values())
         and all(_STEP.fullmatch(name) for name in outputs)
+        # The links of parts lie in a folder: behind the link to a whole stage that is the store.
+        and not any("/" in name and name.partition("/")[0] in outputs for name in outputs)
         and isinstance(models, dict)
         and models.keys() <= outputs.keys()
         and _all(models.values(), dict)

@@ -6,13 +6,14 @@ times and inodes, and no list is made.
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import NamedTuple
 
-from runner.engine import key, state, workspace
+from runner.engine import facts, key, state, store, workspace
 from runner.engine.recipe import Step
 from runner.engine.state import State
 from runner.errors import PreconditionError
@@ -83,7 +84,7 @@ def files(
     """The files that the stage's patterns name, by name, each with its hash."""
     if growing is None:
         return _hashed(_paths(step, root), root, memory, paranoid)
-    taken = (memory.manifest(before) if before else None) or {}
+    taken = _taken(before, root, memory)
     for attempt in range(LOOKS):
         try:
             return _ready(step, root, memory, paranoid, growing, taken)
@@ -140,7 +141,7 @@ def _ready(
     memory: State,
     paranoid: bool,
     growing: Growing,
-    taken: Mapping[str, str],
+    taken: Mapping[str, str | None],
 ) -> tuple[SourceFile, ...]:
     """The files that nobody is writing to, and the others as they were taken last.
 
@@ -153,11 +154,13 @@ def _ready(
     hashes = memory.hashes(settled, trust_stat=not paranoid)
     ready = [path for path in settled if signature(path) == seen[path]]
     found = [SourceFile(path, workspace.named(root, path), hashes[path]) for path in ready]
+    names = {file.name for file in found}
     for path in (there - set(ready)) | growing.held:
         name = workspace.named(root, path)
-        if name in taken:
-            found.append(SourceFile(path, name, taken[name]))
-    _refuse_vanished(step, root, found, taken, growing.gone_max)
+        names.add(name)
+        if sha256 := taken.get(name):
+            found.append(SourceFile(path, name, sha256))
+    _refuse_vanished(step, root, found, names, taken, growing.gone_max)
     if not found:
         raise PreconditionError(
             f"{step.name}: nothing in {', '.join(step.sources)} can be read yet (below {root})",
@@ -166,8 +169,40 @@ def _ready(
     return tuple(sorted(found, key=lambda file: (file.name, file.path)))
 
 
+def _taken(before: str | None, root: Path, memory: State) -> Mapping[str, str | None]:
+    """What was taken last, name → hash; without hashes where only the output still tells of it.
+
+    Nothing but that list tells a folder that is missing from one that was never there, so it must
+    not be lost with the state database, which anybody may delete.
+    """
+    if before is None:
+        return {}
+    known = memory.manifest(before)
+    if known is not None:
+        return known
+    space = workspace.at(root)
+    names: set[str] = set()
+    for made in facts.every(space):
+        if made.parts.get("sources") == before and not names:
+            names = _named_in(store.path_of(space, made.output))
+    return dict.fromkeys(names)
+
+
+def _named_in(output: Path) -> set[str]:
+    """The files that the records of an ingested output are from."""
+    found: set[str] = set()
+    try:
+        with (output / "conversations.jsonl").open("rb") as lines:
+            found.update(json.loads(line)["source"]["path"] for line in lines)
+        with (output / "rejected.jsonl").open("rb") as lines:
+            found.update(json.loads(line)["path"] for line in lines)
+    except (OSError, ValueError, LookupError, TypeError):
+        pass  # as much as can still be read
+    return found
+
+
 def _growing_paths(
-    step: Step, root: Path, held: frozenset[str], taken: Mapping[str, str]
+    step: Step, root: Path, held: frozenset[str], taken: Mapping[str, str | None]
 ) -> list[str]:
     """The files there; none for a folder that was there when files were taken and is gone."""
     found: set[str] = set()
@@ -186,14 +221,14 @@ def _refuse_vanished(
     step: Step,
     root: Path,
     found: Iterable[SourceFile],
-    taken: Mapping[str, str],
+    names: Set[str],
+    taken: Mapping[str, str | None],
     gone_max: float,
 ) -> None:
-    """Raises where too much is gone.
+    """Raises where too much is gone; `names` are there, read or not.
 
     A file that has only another name now is not gone, nor is one that the recipe does not name.
     """
-    names = {file.name for file in found}
     if len(taken.keys() - names) <= gone_max * len(taken):
         return
     starts = tuple(_start(root, pattern) for pattern in step.sources)
@@ -212,10 +247,5 @@ def _refuse_vanished(
 
 def _start(root: Path, pattern: str) -> str:
     """What the names of all files that the pattern names begin with."""
-    plain = []
-    for part in Path(pattern).parts:
-        if any(char in part for char in "*?["):
-            break
-        plain.append(part)
-    name = workspace.named(root, str(root.joinpath(*plain)))
+    name = workspace.named(root, str(root.joinpath(*workspace.before_glob(pattern))))
     return "" if name in (".", str(root)) else name

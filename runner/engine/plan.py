@@ -107,9 +107,9 @@ class Choice(NamedTuple):
             for step in compiled.steps:
                 if run & set(step.inputs.values()):
                     run.add(step.name)
-        for step in reversed(compiled.steps):  # what is not kept is made for those that read it
+        for step in reversed(compiled.steps):  # parts are made for the parts that read them
             if step.name in run:
-                run |= {name for name in step.inputs.values() if compiled.step(name).transient}
+                run |= {n for n in step.inputs.values() if compiled.step(n).stage == step.stage}
         for name in self.force:
             if not names(compiled, (name,)) <= run:
                 option = "--only" if self.only else "--from"
@@ -360,6 +360,9 @@ def why(
         if read != output:
             text = f"{step.inputs[kind]} gave another output"
             causes.append(Cause("input", text, step.inputs[kind], read, output))
+    for kind, read in then.get("inputs", {}).items():
+        if kind not in step.inputs:
+            causes.append(Cause("input", f"it does not read {kind} any more", kind, read, None))
     if then.get("base_model") != now.get("base_model") and now.get("base_model"):
         text, models = "the base model is another one", (then.get("base_model"), now["base_model"])
         causes.append(Cause("base model", text, "base_model", *models))

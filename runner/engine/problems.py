@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from runner.engine.compose import Composed, Place
 from runner.engine.words import did_you_mean, shown
+from runner.stages.retrain import WRITTEN
 from runner.stages.schema import STAGES, Recipe
 
 Path = tuple[str | int, ...]
@@ -69,6 +70,8 @@ def _sentence(finding: Any, path: Path, recipe: Composed) -> tuple[Place, str]:
         # Of settings that do not agree, the text names those that another file may have changed.
         place = recipe.place(path, *((*path, word) for word in re.findall(r"\w+", text)))
         return place, f"{where or owner} {text}"
+    if kind == "string_pattern_mismatch" and context["pattern"] in WRITTEN:
+        return place, f"{where} cannot be {shown(value)}; {WRITTEN[context['pattern']]}"
     if kind == "string_pattern_mismatch":
         return place, f"{where} may have letters, digits, `.`, `_` and `-` only, not {shown(value)}"
     if kind in ("too_short", "string_too_short"):

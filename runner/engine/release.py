@@ -46,7 +46,7 @@ class Compared(NamedTuple):
 
 def is_settled(current: Opened) -> bool:
     """Whether what was made last is decided on, and the link leads to the current release."""
-    if current.compiled.retrain is None:
+    if current.compiled.retrain is None or current.aside:
         return True
     locked = lock.read(current.lock_path)
     return not _is_undecided(current, locked) and _is_linked(current, locked)
@@ -60,7 +60,7 @@ def consider(
     Each model is judged once. With `decides` false only the link is made to say what the lockfile
     does. Nothing happens where the recipe has no `retrain:`, or a part of it is still to be made.
     """
-    if current.compiled.retrain is None:
+    if current.compiled.retrain is None or current.aside:
         return None
     locked = lock.read(current.lock_path)
     verdict = None
@@ -320,7 +320,10 @@ def _highest(locked: Lock) -> int:
 
 
 def _numbered(locked: Lock, number: int) -> Release | None:
-    return Lock(releases=tuple(r for r in _accepted(locked) if r.number == number)).release
+    """The release of that number; of several, as clones make them, one that is not current."""
+    found = tuple(one for one in _accepted(locked) if one.number == number)
+    others = tuple(one for one in found if one != locked.release)
+    return Lock(releases=others or found).release
 
 
 def _before(locked: Lock, release: Release) -> Release | None:
@@ -364,12 +367,11 @@ def _link(current: Opened) -> None:
     opened.claim(current)
     folder = _folder(current, release)
     disk.make_folder(folder)
-    for stage, output in release.outputs.items():
-        if fetched(current, output):
-            for link, target in commit.links(
-                folder, stage, store.path_of(current.workspace, output)
-            ):
-                disk.point(link, target)
+    for output in release.outputs.values():
+        fetched(current, output)
+    for link, target in _links(current, release):
+        disk.make_folder(link.parent)
+        disk.point(link, target)
     disk.point(current.links / CURRENT, folder)
     for other in current.links.glob(f".{CURRENT}-*"):
         if other != folder:
@@ -377,11 +379,22 @@ def _link(current: Opened) -> None:
 
 
 def _is_linked(current: Opened, locked: Lock) -> bool:
+    """Whether `current` leads to all of the current release that is in the store."""
     release = locked.release
     if release is None:
         return True
     folder = _folder(current, release)
-    return folder.is_dir() and disk.points(current.links / CURRENT, folder)
+    return disk.points(current.links / CURRENT, folder) and all(
+        disk.points(link, target) for link, target in _links(current, release)
+    )
+
+
+def _links(current: Opened, release: Release) -> Iterator[tuple[Path, Path]]:
+    """The links in the release's folder to what there is of it."""
+    for name, output in release.outputs.items():
+        artifact = store.path_of(current.workspace, output)
+        if artifact.is_dir():
+            yield from commit.links(_folder(current, release), name, artifact)
 
 
 def _folder(current: Opened, release: Release) -> Path:

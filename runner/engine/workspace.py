@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,7 +113,8 @@ def matching(root: Path, pattern: str, without: frozenset[str] = frozenset()) ->
     elif path.is_file():
         found = [str(path)]
     elif any(char in pattern for char in "*?["):
-        start = next(n for n, part in enumerate(path.parts) if any(c in part for c in "*?["))
+        # of the pattern alone: the folder of the workspace may be called `chats [old]`
+        start = len(path.parts) - len(Path(pattern).parts) + len(before_glob(pattern))
         found = [
             str(file)
             for file in _globbed(root, pattern)
@@ -131,6 +133,11 @@ def matching(root: Path, pattern: str, without: frozenset[str] = frozenset()) ->
     if not Path(pattern).is_absolute():
         _refuse_links_out(root, [str(path), *links] if path.is_dir() else found)
     return found
+
+
+def before_glob(pattern: str) -> tuple[str, ...]:
+    """The parts of a source before the first one with a wildcard."""
+    return tuple(takewhile(lambda part: not any(c in part for c in "*?["), Path(pattern).parts))
 
 
 def _below(folder: str, without: str, links: list[str]) -> Iterator[str]:

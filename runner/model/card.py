@@ -34,7 +34,7 @@ def text(
     base_model: str | None,
     licence: str | None,
     method: Method,
-    epochs: float | None,
+    steps: int | None,
     conversations: int | None,
     eval_loss_before: float | None,
     eval_loss: float | None,
@@ -53,7 +53,7 @@ def text(
     parts = [
         _front_matter(base_model, licence, method, forms, languages),
         f"# {_plain(name)}",
-        _origin(base_model, licence, method, epochs, conversations),
+        _origin(base_model, licence, method, steps, conversations),
         _losses(eval_loss_before, eval_loss),
         _table(files),
         _sentence(lost),
@@ -111,7 +111,7 @@ def _origin(
     base_model: str | None,
     licence: str | None,
     method: Method,
-    epochs: float | None,
+    steps: int | None,
     conversations: int | None,
 ) -> str:
     base = "Its base model" if base_model is None else _linked(base_model)
@@ -120,8 +120,8 @@ def _origin(
         sentence = f"{base} was fine-tuned: {_METHODS[method]} were trained"
     if conversations is not None:
         sentence += f" on {conversations:,} conversation{'s' if conversations != 1 else ''}"
-    if epochs is not None:
-        sentence += f", {epochs:g} time{'s' if epochs != 1 else ''} over"
+    if steps is not None:
+        sentence += f"; the last training took {steps:,} step{'s' if steps != 1 else ''}"
     said = "" if licence is None else f" The base model's licence is {_plain(licence)}."
     return f"{sentence}.{said}"
 
@@ -129,33 +129,38 @@ def _origin(
 def _losses(before: float | None, after: float | None) -> str:
     if after is None:
         return ""
-    compared = "" if before is None else f", {before:.4g} before the training"
+    compared = "" if before is None else f", {before:.4g} before that training"
     return f"Mean loss for each token of held-out replies: {after:.4g}{compared}."
 
 
 def _table(files: Sequence[File]) -> str:
     if not files:
         return ""
-    measures = list(dict.fromkeys(key for file in files for key in file.parity))
-    head = ["file", "form", "size", *(_plain(key.replace("_", " ")) for key in measures)]
+    head = ["file", "form", "size", "mean KL", "same next token", "stops"]
     rows = [
-        [
-            _plain(file.name),
-            _plain(file.form),
-            _size(file.size_bytes),
-            *(_number(file.parity.get(key)) for key in measures),
-        ]
+        [_plain(file.name), _plain(file.form), _size(file.size_bytes), *_measured(file.parity)]
         for file in files
     ]
     lines = [head, ["---", "---", *["---:"] * (len(head) - 2)], *rows]
-    note = "\n\nThe last columns compare each form with the model as it was trained."
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + (note if measures else "")
+    note = (
+        "\n\nThe last three columns compare each form with the model as it was trained: how far "
+        "its probabilities of the next token are from that (0 is the same; below 0.05 it can "
+        "hardly be told), how often the likeliest token is the same, and how many replies end "
+        "where they should."
+    )
+    has_any = any(file.parity for file in files)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + (note if has_any else "")
 
 
-def _number(value: float | int | str | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else _plain(str(value))
+def _measured(parity: Mapping[str, float | int | str]) -> list[str]:
+    """The cells of one form; empty where it was not measured."""
+    kl, top1 = parity.get("mean_kl"), parity.get("top1")
+    stops, of = parity.get("stops"), parity.get("reference_stops")
+    return [
+        f"{kl:.3g}" if isinstance(kl, int | float) else "",
+        f"{top1:.1%}" if isinstance(top1, int | float) else "",
+        f"{stops} of {of}" if isinstance(stops, int) and isinstance(of, int) and of else "",
+    ]
 
 
 def _size(size_bytes: int) -> str:

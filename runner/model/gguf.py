@@ -106,12 +106,18 @@ def lost(base: Path) -> str | None:
             return None
         how, bits = most.name, 8 * most.size_bytes(most.block) / most.block
     else:
-        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-        quantised = config.get("quantization_config")
-        if not isinstance(quantised, dict) or not quantised:
-            return None
-        how = str(quantised.get("quant_method", "unknown"))[:40]
-        bits = float(quantised.get("bits") or (4 if quantised.get("load_in_4bit") else 8))
+        try:
+            config = json.loads((base / "config.json").read_bytes())
+            quantised = config.get("quantization_config")
+            if not isinstance(quantised, dict) or not quantised:
+                return None
+            how = str(quantised.get("quant_method", "unknown"))[:40]
+            bits = float(quantised.get("bits") or (4 if quantised.get("load_in_4bit") else 8))
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise PreconditionError(
+                f"{base / 'config.json'} is no config of a model: {str(error)[:200]}",
+                hint="the model is damaged; get it again",
+            ) from error
     return (
         f"the base model {base.name} was quantised already ({how}, {bits:.3g} bits a weight): what "
         "that rounded away is missing from every file exported from it, whatever its level"

@@ -24,7 +24,7 @@ from runner.model.importance import Importance, Matrix
 from runner.model.parity import Emit, Metrics
 
 TOKENS = 4096
-"""How much is read. Measured by `tests.benchmarks.imatrix`: twice as much changes little."""
+"""How much is read; every figure of `tests/benchmarks/imatrix.py` is from so much."""
 TOKENS_FEW = 1024
 """With fewer of the recipe's own, neutral texts are read beside them."""
 ROW_TOKENS = 512

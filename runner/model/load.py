@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -42,6 +43,8 @@ Device = Literal["cuda", "mps", "cpu"]
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _TOWER_PACKAGES = {"PIL": "pillow", "timm": "timm", "torchvision": "torchvision"}
+_OTHER_SIZES = ("ignore_mismatched_sizes", "size mismatch", "overflow", "negative dimension")
+"""In what transformers and torch say of sizes that cannot be."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -65,6 +68,14 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             PreTrainedTokenizerBase,
             AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
         )
+
+
+def context_of(folder: Path) -> int:
+    """How many tokens the model was made for, as its config says; 4096 where it does not."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = config.get("text_config") or config
+    length = text.get("max_position_embeddings") or config.get("max_position_embeddings")
+    return length if isinstance(length, int) and length > 0 else 4096
 
 
 def causal_lm(
@@ -171,7 +182,7 @@ def _check_folder(folder: Path) -> None:
         )
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        named = _named_in(index)
         missing = sorted(name for name in named if not (folder / name).is_file())
         if missing:
             raise PreconditionError(
@@ -184,6 +195,25 @@ def _check_folder(folder: Path) -> None:
             f"the base model {folder} has no tokenizer files",
             hint=f"one of {', '.join(_TOKENIZER_FILES)} has to be beside config.json",
         )
+
+
+def _named_in(index: Path) -> set[str]:
+    """The weight files that the index names; none of them is outside of its folder."""
+    try:
+        named = json.loads(index.read_bytes())["weight_map"].values()
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise PreconditionError(
+            f"{index} does not say which weight files there are: {type(error).__name__}: "
+            f"{str(error)[:200]}",
+            hint="the model is damaged; get it again",
+        ) from error
+    for name in named:
+        if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\:\0]", name):
+            raise PreconditionError(
+                f"{index} names {repr(name)[:80]}, which is no file beside it",
+                hint="get the model again, from somebody that you trust",
+            )
+    return set(named)
 
 
 def _converted(source: Path, cache: Path) -> Path:
@@ -286,8 +316,16 @@ def _whole_files(folder: Path) -> Iterator[None]:
     """Names the model whose files the libraries stumble over, in whatever way they do."""
     try:
         yield
-    except (MemoryError, RuntimeError, RunnerError):
+    except (MemoryError, RunnerError):
         raise
+    except RuntimeError as error:
+        # Memory that runs out and what a GPU says are RuntimeErrors too, and no fault of the files.
+        if not any(words in str(error) for words in _OTHER_SIZES):
+            raise
+        raise PreconditionError(
+            f"the model {folder} cannot be read: config.json says other sizes than the weights have",
+            hint="its files are damaged, or from different models; get the model again",
+        ) from error
     except ImportError as error:
         packages = " ".join(p for name, p in _TOWER_PACKAGES.items() if not find_spec(name))
         if "timm" not in str(error).lower() or not packages:

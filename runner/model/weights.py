@@ -161,7 +161,8 @@ class Weights:
         for tensor in heard:
             is_small = len(tensor.shape) < 2 or "norm" in tensor.role
             as_stored = TensorType.F32 if is_small else TensorType.BF16
-            yield tensor, found[tensor.name] or as_stored
+            wanted = found[tensor.name]  # not by its truth: F32 is 0
+            yield tensor, as_stored if wanted is None else wanted
 
 
 def read(base: Path | None) -> Weights | None:

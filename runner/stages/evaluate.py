@@ -68,7 +68,10 @@ class Evaluate(Stage):
         )
 
     def run(self, dirs: Dirs) -> Metrics:
-        from runner.model import load, measure
+        from runner.model import quickly
+
+        with quickly.importing():
+            from runner.model import load, measure
 
         asked = held_out(dirs.inputs["split"], dirs.inputs["conversations"], self.prompts)
         if self.rules and not asked:

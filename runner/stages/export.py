@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 from pydantic import Field, model_validator
 
 from runner import disk
-from runner.model.gguf_types import Level
+from runner.model.gguf_types import WITH_IMPORTANCE, Level
 from runner.model.source import HUB_ID
 from runner.stages.stage import (
     Dirs,
@@ -38,9 +38,14 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 LIBRARIES = ("torch", "transformers", "peft")
 REFERENCE = ".reference.safetensors"
 """What the trained model says to some prompts; hidden, because people have no use for it."""
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 UNQUANTISED = "unquantised.gguf"
 PARITY = ".parity.json"
+IMPORTANCE = ".importance.safetensors"
+"""Which weights matter to the quantiser; hidden, because people have no use for it."""
+IMPORTANCE_BYTES = 10_000_000
+CONTEXT_MAX = 8192
+"""More takes memory that people have not said that they have."""
 REFERENCE_BYTES = 2_000_000
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -62,10 +67,12 @@ class Export(Stage):
     """The whole model as safetensors, in the layout of Hugging Face."""
     gguf: tuple[Level, ...] = ("q4_k_m",)
     """GGUF files for llama.cpp, LM Studio, KoboldCpp and Ollama, by quantisation level."""
+    importance: Literal["auto", "off"] = "auto"
+    """auto: GGUF files of few bits keep best what matters in your texts; off: all as plain ones."""
     ollama: bool = False
     """A Modelfile for `ollama create`, for the smallest of the GGUF files."""
-    context_tokens: Annotated[int, Field(ge=16)] = 2048
-    """The context length that the Modelfile asks for."""
+    context_tokens: Annotated[int, Field(ge=16)] | None = None
+    """The context length that the Modelfile asks for; else what the model takes, up to 8192."""
     system: str | None = None
     """The system prompt that the Modelfile sets."""
     model_card: bool = True
@@ -95,7 +102,7 @@ class Export(Stage):
         base = _name_of(base_model or "")
         parts: list[Unit] = []
         if self.adapter and method != "full":
-            parts.append(Unit("adapter", AdapterFiles(stage="export/adapter")))
+            parts.append(Unit("adapter", AdapterFiles(stage="export/adapter", base=base)))
         if self.merged or self.gguf:
             parts.append(Unit("reference", Reference(stage="export/reference")))
             files = MergedFiles(
@@ -107,7 +114,13 @@ class Export(Stage):
                 stage="export/unquantised", author=self.author, licence=self.licence, base=base
             )
             parts.append(Unit("unquantised", unquantised, transient=True))
-        parts += [Unit(level, GgufFile(stage="export/gguf", level=level)) for level in self.gguf]
+        guided = WITH_IMPORTANCE & {*self.gguf} if self.importance == "auto" else frozenset()
+        if guided:
+            parts.append(Unit("importance", Importance(stage="export/importance")))
+        for level in self.gguf:
+            beside = ("importance",) if level in guided else ()
+            file = GgufFile(stage="export/gguf", level=level)
+            parts.append(Unit(level, file, beside=beside))
         if self.ollama:
             modelfile = Modelfile(
                 stage="export/modelfile",
@@ -120,7 +133,6 @@ class Export(Stage):
             card = Card(
                 stage="export/card",
                 method=method or "full",
-                epochs=getattr(maker, "epochs", None),
                 author=self.author,
                 licence=self.licence,
                 base=base,
@@ -159,9 +171,10 @@ class _Form(Stage):
 
 
 class AdapterFiles(_Form):
-    """The adapter alone."""
+    """The adapter alone, with the name of its base model."""
 
     stage: Literal["export/adapter"]
+    base: str = ""
 
     libraries = ()
     reads = ("model",)
@@ -174,9 +187,13 @@ class AdapterFiles(_Form):
         return (Written("adapter", sizes.inputs["model"]),)
 
     def run(self, dirs: Dirs) -> Metrics:
-        (dirs.output / "adapter").mkdir()
-        for name in ADAPTER_FILES:
-            shutil.copyfile(dirs.inputs["model"] / name, dirs.output / "adapter" / name)
+        model, output = dirs.inputs["model"], dirs.output / "adapter"
+        output.mkdir()
+        shutil.copyfile(model / ADAPTER_WEIGHTS, output / ADAPTER_WEIGHTS)
+        config = json.loads((model / ADAPTER_CONFIG).read_bytes())
+        config["base_model_name_or_path"] = self.base
+        text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+        (output / ADAPTER_CONFIG).write_text(text, encoding="utf-8", newline="\n")
         return {}
 
 
@@ -193,7 +210,10 @@ class Reference(_Form):
         return (Written("reference", REFERENCE_BYTES), *base_made(sizes))
 
     def run(self, dirs: Dirs) -> Metrics:
-        from runner.model import load, reference
+        from runner.model import quickly
+
+        with quickly.importing():
+            from runner.model import load, reference
 
         return reference.write_reference(
             base=load.base_folder(dirs.base, dirs.cache),
@@ -224,7 +244,10 @@ class MergedFiles(_Form):
         return (Written("merged model", base.folder_bytes(BYTES[self.dtype])), *base_made(sizes))
 
     def run(self, dirs: Dirs) -> Metrics:
-        from runner.model import adapter, export, load, reference
+        from runner.model import quickly
+
+        with quickly.importing():
+            from runner.model import adapter, export, load, reference
 
         base, whole = load.base_folder(dirs.base, dirs.cache), dirs.output / "merged"
         export.say_what_was_lost(dirs.base, dirs.emit)
@@ -270,6 +293,29 @@ class Unquantised(_Form):
         return {}
 
 
+class Importance(_Form):
+    """Which weights matter most to what the merged model says, for levels of few bits."""
+
+    stage: Literal["export/importance"]
+
+    reads = ("unquantised", "merged", "tokens")
+    writes = "importance"
+
+    def writes_bytes(self, sizes: Sizes) -> tuple[Written, ...]:
+        return (Written("importance matrix", IMPORTANCE_BYTES),)
+
+    def run(self, dirs: Dirs) -> Metrics:
+        from runner.model import imatrix
+
+        return imatrix.collect(
+            model=dirs.inputs["merged"] / "merged",
+            unquantised=dirs.inputs["unquantised"] / UNQUANTISED,
+            tokens=dirs.inputs["tokens"],
+            output=dirs.output / IMPORTANCE,
+            emit=dirs.emit,
+        )
+
+
 class GgufFile(_Form):
     """One GGUF file, quantised from the unquantised one."""
 
@@ -291,14 +337,21 @@ class GgufFile(_Form):
         return (Written(f"{self.level}.gguf", base.gguf_bytes(self.level)),)
 
     def run(self, dirs: Dirs) -> Metrics:
-        from runner.model import gguf, parity
+        from runner.model import gguf, importance, parity
 
         target = dirs.output / f"{dirs.recipe}-{self.level}.gguf"
 
         def progress(done: int, total: int) -> None:
             dirs.emit({"event": "progress", "done": done, "total": total, "unit": "bytes"})
 
-        gguf.quantize(dirs.inputs["unquantised"] / UNQUANTISED, target, self.level, progress)
+        measured_on = dirs.inputs.get("importance")
+        gguf.quantize(
+            dirs.inputs["unquantised"] / UNQUANTISED,
+            target,
+            self.level,
+            progress,
+            importance.read(measured_on / IMPORTANCE) if measured_on else None,
+        )
         reference = dirs.inputs["reference"] / REFERENCE
         measured = parity.check_gguf(target, reference, self.level, emit=dirs.emit)
         found = _accepted(measured, self.level, dirs.output / PARITY)
@@ -310,7 +363,7 @@ class Modelfile(_Form):
 
     stage: Literal["export/modelfile"]
     level: Level
-    context_tokens: int = 2048
+    context_tokens: int | None = None
     system: str | None = None
 
     reads = ("model",)
@@ -325,7 +378,8 @@ class Modelfile(_Form):
         from runner.model import load, ollama
 
         base, name = load.base_folder(dirs.base, dirs.cache), f"{dirs.recipe}-{self.level}.gguf"
-        text = ollama.modelfile(base, name, num_ctx=self.context_tokens, system=self.system)
+        length = self.context_tokens or min(CONTEXT_MAX, load.context_of(base))
+        text = ollama.modelfile(base, name, num_ctx=length, system=self.system)
         (dirs.output / "Modelfile").write_text(text, encoding="utf-8")
         return {}
 
@@ -335,7 +389,6 @@ class Card(_Form):
 
     stage: Literal["export/card"]
     method: Literal["lora", "qlora", "full"]
-    epochs: float | None = None
     author: str | None = None
     licence: str | None = None
     base: str = ""
@@ -354,14 +407,14 @@ class Card(_Form):
         from runner.model import card, gguf
 
         model = dirs.inputs["model"]
-        before, after = _eval_losses(model)
+        steps, before, after = _trained(model)
         known = learned.read(model)
         text = card.text(
             name=dirs.recipe,
             base_model=self.base,
             licence=self.licence or card.licence(dirs.base),
             method=self.method,
-            epochs=self.epochs,
+            steps=steps,
             conversations=len(known.train) if known else None,
             eval_loss_before=before,
             eval_loss=after,
@@ -372,11 +425,14 @@ class Card(_Form):
         return {}
 
 
-def _eval_losses(model: Path) -> tuple[float | None, float | None]:
-    """Before the training, and of the step that was kept: the best one."""
-    rows = map(json.loads, (model / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    losses = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
-    return (losses[0], min(losses)) if losses else (None, None)
+def _trained(model: Path) -> tuple[int | None, float | None, float | None]:
+    """Steps of the last training; the eval loss before it, and of the step that was kept."""
+    lines = (model / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    losses = {row["step"]: row["eval_loss"] for row in rows if row.get("eval_loss") is not None}
+    after = [loss for step, loss in losses.items() if step]
+    steps = max((row["step"] for row in rows), default=None)
+    return steps, losses.get(0), min(after, default=None)
 
 
 def _file(form: str, folder: Path) -> File:

@@ -8,14 +8,24 @@ from pydantic import Field
 
 from runner.stages.stage import Settings
 
-Duration = Annotated[str, Field(pattern=r"^\d{1,6}(s|min|h|d)$")]
-Hours = Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")]
+DURATION = "^[0-9]{1,6}(s|min|h|d)$"
+HOURS = "^([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]$"
+WEBHOOK = r"^https?://[^\s/]+"
+WRITTEN = {
+    DURATION: "write 90s, 30min, 6h or 1d",
+    HOURS: "write 22:00-06:00",
+    WEBHOOK: "write a URL that begins with https://",
+}
+"""What to write where a value is not as one of these patterns has it."""
+
+Duration = Annotated[str, Field(pattern=DURATION)]
+Hours = Annotated[str, Field(pattern=HOURS)]
 
 
 class Notify(Settings):
     """Who is told when a run has ended."""
 
-    webhook: Annotated[str, Field(pattern=r"^https?://[^\s/]+")] | None = None
+    webhook: Annotated[str, Field(pattern=WEBHOOK)] | None = None
     """A URL that gets a POST with a JSON record when a run ends; nothing is sent elsewhere."""
     desktop: bool = False
     """A notice on the desktop, where there is one."""

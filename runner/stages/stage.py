@@ -25,6 +25,7 @@ Kind = Literal[
     "reference",
     "merged",
     "unquantised",
+    "importance",
     "gguf",
     "modelfile",
     "card",

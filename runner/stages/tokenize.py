@@ -45,7 +45,10 @@ class Tokenize(Stage):
         return Written("tokens", known), parts, *base_made(sizes)
 
     def run(self, dirs: Dirs) -> Metrics:
-        from runner.model import load, tokens
+        from runner.model import quickly
+
+        with quickly.importing():
+            from runner.model import load, tokens
 
         return tokens.write(
             base=load.base_folder(dirs.base, dirs.cache),

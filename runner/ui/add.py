@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runner import collect
+from runner import collect, disk
 from runner.chat import intake
 from runner.chat.intake import NotAConversation
 from runner.chat.json_parser import Refused, text_value
@@ -17,6 +18,9 @@ from runner.errors import RecipeError
 
 Given = tuple[list[Mapping[str, Any]], Mapping[str, Any]]
 """The messages of a conversation and its metadata."""
+
+BYTES_MAX = 64 << 20
+"""Of a file with conversations; it is read as a whole."""
 
 _SHAPES = (
     'give {"messages": [{"role", "content"}, …]}, such a list alone,'
@@ -72,7 +76,12 @@ def _pair(text: str) -> tuple[str, str]:
 def _read(file: str) -> Iterator[Given]:
     """The conversations in a JSON or JSON Lines file."""
     name = "standard input" if file == "-" else file
-    data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    data = _bytes(file)
+    if len(data) > BYTES_MAX:
+        raise NotAConversation(
+            f"{name} has more than {BYTES_MAX:,} bytes",
+            hint="put the file into the source folder yourself: `ingest` reads files of any size",
+        )
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -91,6 +100,16 @@ def _read(file: str) -> Iterator[Given]:
         values = [(name, _value(text, name))]
     for where, value in values:
         yield _given(value, where)
+
+
+def _bytes(file: str) -> bytes:
+    """What the file holds, up to one byte more than is taken; a pipe nobody writes to is empty."""
+    if file == "-":
+        return sys.stdin.buffer.read(BYTES_MAX + 1)
+    with open(file, "rb", opener=disk.at_once) as opened_file:
+        if sys.platform != "win32":
+            os.set_blocking(opened_file.fileno(), True)  # a slow writer is waited for
+        return opened_file.read(BYTES_MAX + 1)
 
 
 def _mistake(text: str) -> str | None:

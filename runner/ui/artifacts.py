@@ -45,9 +45,11 @@ def gguf_files(opened: Opened) -> dict[str, Path]:
     for step in opened.compiled.steps:
         if step.kind == "export/gguf":
             with contextlib.suppress(PreconditionError, StopIteration):
-                folder = current(opened, step)
-                if release is not None and step.name in release.outputs:
-                    folder = store.path_of(opened.workspace, release.outputs[step.name])
+                if release is None:
+                    folder = current(opened, step)
+                else:
+                    output = release.outputs.get(step.name, "")
+                    folder = store.path_of(opened.workspace, output)
                 found[str(step.entry["level"])] = next(folder.glob("*.gguf"))
     return dict(sorted(found.items(), key=lambda one: one[1].stat().st_size))
 

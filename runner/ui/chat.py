@@ -45,19 +45,30 @@ Begin with a space to say something that begins with a slash."""
 
 
 def exported(opened: Opened, level: str | None) -> Path:
-    """The GGUF file of that level, or the smallest one."""
+    """The GGUF file of that level, or at that path; else the smallest one."""
     if not any(step.kind.startswith("export/") for step in opened.compiled.steps):
         raise PreconditionError(
             f"{opened.path} has no stage export", hint="add `- stage: export` to it"
         )
+    if level is not None and level.endswith(".gguf"):
+        if not Path(level).is_file():
+            raise PreconditionError(f"there is no {level}", hint="check the path")
+        return Path(level)
     found = artifacts.gguf_files(opened)
     for known, path in found.items():
         if level in (None, known):
             return path
-    have = f"there {'is' if len(found) == 1 else 'are'} {', '.join(found)}" if found else "none is"
+    if not found:
+        has_any = any(step.kind == "export/gguf" for step in opened.compiled.steps)
+        raise PreconditionError(
+            f"{opened.path} has no exported GGUF file yet",
+            hint=f"run `runner apply {opened.path}`"
+            if has_any
+            else "add `gguf: [q4_k_m]` to the export stage, and apply",
+        )
     raise PreconditionError(
-        f"there is no {level or 'GGUF'} file of {opened.path} ({have})",
-        hint=f"add `gguf: [{level or 'q4_k_m'}]` to the export stage and apply",
+        f"there is no {level} file of {opened.path}; there is {', '.join(found)}",
+        hint=f"add {level} to `gguf:` of the export stage and apply, or name a .gguf file",
     )
 
 
@@ -183,6 +194,8 @@ def talk(
     system: str | None = None,
 ) -> None:
     """One reply to `once`, or a conversation until the end of input."""
+    if once is not None and not once.strip():
+        raise RecipeError("--once has nothing to say", hint="runner chat RECIPE --once 'Hello'")
     path = model or base_gguf(opened)
     with _llama(path) as llama:
         begun = Talk(system if system and system.strip() else None)

@@ -131,10 +131,10 @@ def shown(
     disks: list[dict[str, Any]] = []
     if recipe is not None:
         with opened.at(recipe, workspace, overrides) as current:
-            fitted = fits(current, found, room)
+            fitted, missing = fits(current, found, room), base_model(current)
             if room is None:
-                missing, disks = needed_packages(current), rooms(current)
-    checked = (*checks(found), *missing) if room is None else ()
+                missing, disks = (*needed_packages(current), *missing), rooms(current)
+    checked = (*checks(found), *missing) if room is None else missing
     if as_json:
         print(json.dumps(record(found, checked, fitted, disks), ensure_ascii=False))
     else:
@@ -182,6 +182,8 @@ def fits(current: Opened, found: Machine, asked_memory: int | None) -> tuple[Fit
             model = _model(current)
         except RunnerError as error:
             problem = f"{error.message}; {error.hint}" if error.hint else error.message
+            if base_model(current):
+                problem = "the base model is not there"
             made.append(Fit(step.name, training, available, problem=problem))
             continue
         made.append(_fit(step.name, model, stage, training, available))
@@ -271,6 +273,19 @@ def needed_packages(current: Opened) -> tuple[Check, ...]:
             text = f"{step.name} needs {', '.join(missing)}"
             found.append(Check("packages", "lack", text, f"pip install 'runner[{extra}]'"))
     return tuple(found)
+
+
+def base_model(current: Opened) -> tuple[Check, ...]:
+    """Whether the recipe's base model is here; nothing of one that is, or that is on the hub."""
+    spec, root = current.compiled.base_model, current.workspace.root
+    wanted = any(step.uses_base_model for step in current.compiled.steps)
+    if spec is None or not wanted or source.on_hub(spec, root):
+        return ()
+    try:
+        source.model_files(source.path_of(spec, root))
+    except PreconditionError as error:
+        return (Check("base model", "lack", error.message, error.hint),)
+    return ()
 
 
 def rooms(current: Opened) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from runner.engine import commit, cost, plan, words
+from runner.engine import cost, execute, plan, words
 from runner.engine.cost import Cost, Room
 from runner.engine.opened import Opened
 from runner.engine.plan import Choice, Planned
@@ -55,7 +55,7 @@ def shown(current: Opened, choice: Choice) -> Shown:
         current.compiled.extends,
         current.compiled.overrides,
         tuple(_memory(current, planned)),
-        tuple(commit.unsettled(current, planned)),
+        tuple(execute.pending(current, planned, choice)),
     )
 
 

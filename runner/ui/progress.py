@@ -102,7 +102,8 @@ def _line_of(event: Event) -> str:
             return f"{stage}: runs, because {'; '.join(event['causes'])}"
         case "stage_finished":
             spent = words.duration(event["seconds"])
-            return f"{stage}: done in {spent} ({words.metrics(event['metrics'])})"
+            found = words.metrics(event["metrics"])
+            return f"{stage}: done in {spent}" + (f" ({found})" if found else "")
         case "stage_skipped":
             return f"{stage}: nothing to do"
         case "switched" if event["stages"]:

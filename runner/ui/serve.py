@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import errno
 import hmac
+import io
 import ipaddress
 import json
 import os
 import secrets
-import select
+import selectors
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -44,6 +47,12 @@ BODY_MAX = 16 << 20
 """Bytes of a request."""
 IDLE_S = 60
 """A connection that sends nothing for so long is closed."""
+REQUEST_S = 120
+"""So long may a request take to come, from its first byte to its last."""
+CONNECTIONS_MAX = 64
+"""At once; what comes while so many wait for their answers is told to come again."""
+GONE_POLL_S = 0.2
+"""How often a client that sends no more is asked whether it still listens."""
 
 _CHILD = Path(gguf_header.__file__).with_name("llama_server.py")
 
@@ -159,12 +168,15 @@ class Gate(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     allow_reuse_address = sys.platform != "win32"  # there it would share a port that is taken
+    request_queue_size = 128
     keys: tuple[str, ...] = ()
     upstream_port = 0
     upstream_key = ""
 
     def __init__(self, where: Address) -> None:
         self.address_family = where.family
+        self._free = threading.BoundedSemaphore(CONNECTIONS_MAX)
+        self._turned_away: deque[socket.socket] = deque()
         super().__init__((where.host, where.port), Handler)
 
     def server_bind(self) -> None:
@@ -173,6 +185,48 @@ class Gate(ThreadingHTTPServer):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Has a thread answer, where not too many do already."""
+        if not self._free.acquire(blocking=False):
+            return self._turn_away(request)
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread could be started
+            self._free.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def server_close(self) -> None:
+        super().server_close()
+        while self._turned_away:
+            self._turned_away.popleft().close()
+
+    def _turn_away(self, client: socket.socket) -> None:
+        """Says to come again later; the oldest that was told so is closed for it.
+
+        A socket that is closed before its request was read takes the answer with it.
+        """
+        body = _error(503, f"{CONNECTIONS_MAX} requests are being answered; try again later")
+        head = (
+            "HTTP/1.1 503 Service Unavailable",
+            "Content-Type: application/json",
+            f"Content-Length: {len(body)}",
+            "Retry-After: 1",
+            "Connection: close",
+        )
+        with suppress(OSError):
+            client.settimeout(0)
+            client.sendall("\r\n".join((*head, "", "")).encode() + body)
+            client.shutdown(socket.SHUT_WR)
+        self._turned_away.append(client)
+        if len(self._turned_away) > CONNECTIONS_MAX:
+            self._turned_away.popleft().close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that goes away is no error worth a word."""
@@ -188,6 +242,11 @@ class Handler(BaseHTTPRequestHandler):
     timeout = IDLE_S
     server_version, sys_version = "runner", ""
 
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self.rfile = io.BufferedReader(_InTime(self.connection, REQUEST_S))
+
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
@@ -196,14 +255,17 @@ class Handler(BaseHTTPRequestHandler):
         refused = self._refused()
         if refused:
             return self._refuse(*refused)
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        length = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(length)
+        if len(body) < length:
+            return self._refuse(400, f"the request ended after {len(body):,} of {length:,} bytes")
         try:
             upstream = socket.create_connection(("127.0.0.1", self.server.upstream_port))
         except OSError:
             return self._refuse(502, "the model has ended")
         with upstream:
             upstream.sendall(self._head(len(body)) + body)
-            _relay(upstream, self.connection)
+            _relay(upstream, self.connection, can_probe=self.request_version == "HTTP/1.1")
         return None
 
     do_GET = do_POST = _answered  # noqa: N815 (http.server looks them up by these names)
@@ -212,7 +274,7 @@ class Handler(BaseHTTPRequestHandler):
         """Why the request is not passed on."""
         keys = self.server.keys
         origin = self.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc != self.headers.get("Host"):
+        if origin is not None and _host_of(origin) != self.headers.get("Host"):
             return 403, f"web pages of other origins are not answered, and this is {shown(origin)}"
         if not keys and not _is_local_name(self.headers.get("Host", "")):
             host = shown(self.headers.get("Host", ""))
@@ -248,15 +310,46 @@ class Handler(BaseHTTPRequestHandler):
         return "\r\n".join((*lines, "", "")).encode()
 
     def _refuse(self, code: int, message: str) -> None:
-        kinds = {401: "authentication_error", 404: "not_found_error", 502: "server_error"}
-        kind = kinds.get(code, "invalid_request_error")
-        body = json.dumps({"error": {"message": message, "type": kind, "code": code}}).encode()
+        body = _error(code, message)
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(body)
+
+
+class _InTime(io.RawIOBase):
+    """What a socket receives, until it is too late: a byte a minute would hold it for ever."""
+
+    def __init__(self, client: socket.socket, seconds: float) -> None:
+        self._client = client
+        self._end = time.monotonic() + seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._client.settimeout(min(IDLE_S, left))
+        return self._client.recv_into(buffer)
+
+
+def _error(code: int, message: str) -> bytes:
+    """The body of an error, as OpenAI's clients read it."""
+    kinds = {401: "authentication_error", 404: "not_found_error"}
+    kind = kinds.get(code, "server_error" if code >= 500 else "invalid_request_error")
+    return json.dumps({"error": {"message": message, "type": kind, "code": code}}).encode()
+
+
+def _host_of(origin: str) -> str | None:
+    """Host and port of an origin; None where it has none, like `null`."""
+    try:
+        return urlsplit(origin).netloc or None
+    except ValueError:
+        return None
 
 
 def _keys(handler: Handler) -> tuple[str, ...]:
@@ -277,21 +370,33 @@ def _is_local_name(host: str) -> bool:
         return False
 
 
-def _relay(upstream: socket.socket, client: socket.socket) -> None:
-    """Gives the answer back as it comes; llama.cpp stops where the client has gone away."""
-    watched = [upstream, client]
+def _relay(upstream: socket.socket, client: socket.socket, *, can_probe: bool) -> None:
+    """Gives the answer back as it comes; llama.cpp stops where the client has gone away.
+
+    The end of what a client sends looks the same whether it has gone or still listens. Where
+    nothing was given back yet, an interim answer, which every client of HTTP/1.1 passes over,
+    tells: whoever has gone refuses it (RFC 9110, section 15.2).
+    """
     client.settimeout(IDLE_S)
-    while True:
-        ready, _, _ = select.select(watched, (), ())
-        if client in ready:
-            if not client.recv(1, socket.MSG_PEEK):
+    has_begun = is_at_end = False
+    with selectors.DefaultSelector() as watched:
+        watched.register(upstream, selectors.EVENT_READ)
+        watched.register(client, selectors.EVENT_READ)
+        while True:
+            ready = [one.fileobj for one, _ in watched.select(GONE_POLL_S if is_at_end else None)]
+            if client in ready:
+                is_at_end = not client.recv(1, socket.MSG_PEEK)
+                watched.unregister(client)  # what it sends more is not asked for
+                if is_at_end and can_probe and not has_begun:
+                    client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            if is_at_end and client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 return
-            watched.remove(client)  # it sends more, which is not asked for
-        if upstream in ready:
-            data = upstream.recv(1 << 16)
-            if not data:
-                return
-            client.sendall(data)
+            if upstream in ready:
+                data = upstream.recv(1 << 16)
+                if not data:
+                    return
+                has_begun = True
+                client.sendall(data)
 
 
 @contextmanager

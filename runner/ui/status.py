@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from runner import disk
-from runner.engine import commit, cost, plan, store, usage, words
+from runner.engine import commit, cost, plan, store, usage, words, workspace
+from runner.engine.lock import Lock, Release
 from runner.engine.opened import Opened
 from runner.engine.plan import Planned
+from runner.engine.recipe import CURRENT
 from runner.ui import watch
-from runner.watch.record import Folder
+from runner.watch.record import Folder, of_file
 
 
 def record(opened: Opened) -> dict[str, Any]:
-    """The stages, each with its state as in `plan`; the space by kind."""
+    """The stages, each with its state as in `plan`; the space by kind; which release is current."""
     world = opened.world()
     planned = plan.whole(opened.compiled, world)
     unsettled = commit.unsettled(opened, planned)
@@ -29,11 +33,19 @@ def record(opened: Opened) -> dict[str, Any]:
         "space": {
             "free": shutil.disk_usage(disk.existing(opened.workspace.store)).free,
             "kinds": space.kinds,
-            "recipes": space.recipes,
+            "recipes": {name: _of_stages(sizes) for name, sizes in space.recipes.items()},
         },
         "checkpoints": _checkpoints(opened),
+        "releases": _releases(opened, world.lock),
         "watch": _watch(opened),
     }
+
+
+def watch_of(recipe: Path, root: Path | None) -> dict[str, Any] | None:
+    """What the watch of a recipe file wrote down, also where the recipe is broken by now."""
+    space = workspace.at(root) if root else workspace.around(recipe)
+    folder = of_file(space, recipe)
+    return {**folder.read(), "is_running": folder.is_watched()} if folder else None
 
 
 def text(found: dict[str, Any]) -> str:
@@ -58,13 +70,65 @@ def text(found: dict[str, Any]) -> str:
     lines.append(f"space: {', '.join(taken) or 'none'}; {words.size(space['free'])} free")
     for recipe, kinds in space["recipes"].items():
         parts = [f"{stage} {words.size(size)}" for stage, size in kinds.items() if size]
-        lines.append(f"  {recipe}: {', '.join(parts)}")
+        if parts:
+            lines.append(f"  {recipe}: {', '.join(parts)}")
     for stage, room in found["checkpoints"].items():
         size = words.size(room["bytes"])
         lines.append(f"{stage}: room for {room['more']:,} more checkpoints of {size}")
+    lines += _release_lines(found["releases"])
     if found["watch"]:
-        lines += watch.text_of(found["watch"])
+        lines += watch.text_of(found["watch"], found["releases"])
+    return _escaped(lines)
+
+
+def watch_text(found: dict[str, Any]) -> str:
+    """What a watch wrote down as lines for people."""
+    return _escaped(watch.text_of(found))
+
+
+def _escaped(lines: Iterable[str]) -> str:
     return "\n".join(line for text in lines for line in map(words.escaped, text.splitlines()))
+
+
+def _release_lines(found: dict[str, Any] | None) -> Iterator[str]:
+    if found is None:
+        return
+    current, aside = found["current"], found["kept_aside"]
+    yield f"current: {watch.release_of(current)}" if current else "current: no release yet"
+    if aside:
+        models = ", ".join(f"{stage} {output[:12]}" for stage, output in aside["models"].items())
+        end = f"; `{aside['promote']}` takes it all the same" if aside["promote"] else ""
+        worse = f"found worse than release {aside['worse_than']}"
+        yield f"  kept aside last: {models}, {worse}{end}"
+
+
+def _releases(opened: Opened, locked: Lock) -> dict[str, Any] | None:
+    """The current release and the model that was kept aside last; None without `retrain:`."""
+    if opened.compiled.retrain is None:
+        return None
+    now = locked.release
+    accepted = [one.outputs for one in locked.releases if not one.kept_aside]
+    asides = [one for one in locked.releases if one.kept_aside and one.outputs not in accepted]
+    aside = max(reversed(asides), default=None, key=lambda one: one.number)
+    return {
+        "current": now and {"number": now.number, "from": now.origin, "outputs": now.outputs},
+        "kept_aside": aside and _kept_aside(opened, locked, aside),
+    }
+
+
+def _kept_aside(opened: Opened, locked: Lock, aside: Release) -> dict[str, Any]:
+    trainings = [step.name for step in opened.compiled.steps if step.kind == "train"]
+    models = {name: aside.outputs[name] for name in trainings if name in aside.outputs}
+    facts = {name: locked.of_stage(name) for name in models}
+    last = {name: fact.output for name, fact in facts.items() if fact}
+    command = f"runner promote {opened.path}" if last == models else None
+    return {"worse_than": aside.number, "models": models, "promote": command}
+
+
+def _of_stages(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Without what the folder of the current release leads to, whose name is not for people."""
+    own = f".{CURRENT}-"
+    return {stage: size for stage, size in sizes.items() if not stage.startswith(own)}
 
 
 def _stage(opened: Opened, planned: Planned, world: plan.World) -> dict[str, Any]:

@@ -86,29 +86,43 @@ def lines_of(event: Event) -> list[str]:
             return [escaped(event["text"])]
         case "run":
             return []
-        case "training_waits" | "bad_files" | "failed" | "stage_skipped":
-            return []
-        case "release":
-            return [escaped(event["text"])]
+        case "training_waits" | "bad_files" | "failed" | "stage_skipped" | "release":
+            return []  # the watch says it in its own words
     line = progress.line_of(event)
     return [line] if line else []
 
 
-def text_of(found: dict[str, Any]) -> list[str]:
-    """The state of a watch as `runner status` shows it."""
+def release_of(release: dict[str, Any]) -> str:
+    """`release 5 (release 3 again)`"""
+    again = f" (release {release['from']} again)" if release["from"] else ""
+    return f"release {release['number']}{again}"
+
+
+def text_of(found: dict[str, Any], releases: dict[str, Any] | None = None) -> list[str]:
+    """The state of a watch as `runner status` shows it, each thing said once.
+
+    With `releases`, as they are now, that another one is current since the watch saw to it.
+    """
     lines = [f"watch: {'running' if found['is_running'] else 'not running'} · {found['text']}"]
     if found.get("watching"):
         lines.append(f"  {found['watching']}")
     last = found.get("last")
     if last:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(last["started"]))
-        lines.append(f"  last run {when}: {last['state']}, {last['text']}")
+        said = "" if last["text"] in found["text"] else f", {last['text']}"
+        lines.append(f"  last run {when}: {last['state']}{said}")
         if last.get("hint"):
             lines.append(f"    {last['hint']}")
+    now = releases and releases["current"]
+    if now and found.get("release") and now["number"] != found["release"]:
+        lines.append(f"  since then: {release_of(now)}, made current beside the watch")
     after = found.get("next")
     if after and found["is_running"]:
-        when = "not before" if after["at"] is None else _clock(after["at"])
-        lines.append(f"  next run {when}: {after['why']}")
+        why = "" if after["why"] in found["text"] else f": {after['why']}"
+        if after["at"] is not None:
+            lines.append(f"  next run {_clock(after['at'])}{why}")
+        elif why:
+            lines.append(f"  next run not before{why}")
     if found.get("recipe_problem"):
         lines.append(f"  the recipe: {found['recipe_problem']}")
     lines += [f"  set aside: {one['path']}: {one['reason']}" for one in found.get("aside", ())]

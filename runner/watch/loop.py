@@ -45,15 +45,20 @@ def run(
             )
             for path in recipes
         ]
+        others: list[Watched] = []
         for one in everyone:
             try:
-                stack.enter_context(one.folder.held())
+                stack.enter_context(one.folder.held(one.path))
             except BusyError:
                 if not accept_deletions:
                     raise
+                others.append(one)
                 one.folder.accept()
                 text = "the watch that is running goes on without what is gone"
                 tell(one.name, {"event": "watch", "state": "accepted", "text": text})
+        if others:
+            everyone = [one for one in everyone if one not in others]
+            if not everyone:
                 return 0
         for one in everyone:
             one.begin()
@@ -103,7 +108,11 @@ def _turn(everyone: Sequence[Watched], signals: Signals, pace: Pace, *, once: bo
         if signals.count and running is None:
             return
         if signals.count > stopped and running is not None:
-            running[1].stop()
+            if stopped:
+                running[1].kill()
+            else:
+                running[0].stopping()
+                running[1].stop()
             stopped = signals.count
         for one in everyone:
             one.tick(now, is_running=running is not None)

@@ -11,8 +11,9 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from runner import disk
 from runner.engine import child
 from runner.errors import InterruptedRun
 from runner.watch import work
@@ -28,8 +29,15 @@ class Process:
         self._output = output
         self._wake = wake
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._stops = 0
-        with output.open("wb") as log:
+        self.was_stopped = False
+        self._logs = True
+        with contextlib.ExitStack() as stack:
+            log: IO[bytes] | int = subprocess.DEVNULL
+            try:
+                disk.make_folder(output.parent)
+                log = stack.enter_context(output.open("wb"))
+            except OSError:
+                self._logs = False  # a run without a log is better than none
             self._child = subprocess.Popen(
                 work.command(),
                 stdin=subprocess.PIPE,
@@ -55,15 +63,18 @@ class Process:
     def is_done(self) -> bool:
         return not self._reader.is_alive() and self._child.poll() is not None
 
-    @property
-    def was_stopped(self) -> bool:
-        return self._stops > 0
-
     def stop(self) -> None:
-        """Asks it to save and end; the second time it is killed."""
+        """Asks it to save and end; asked again it is no faster."""
+        if not self.was_stopped:
+            self.was_stopped = True
+            with contextlib.suppress(OSError):
+                self._child.terminate()
+
+    def kill(self) -> None:
+        """Ends it at once."""
+        self.was_stopped = True
         with contextlib.suppress(OSError):
-            self._child.kill() if self._stops else self._child.terminate()
-        self._stops += 1
+            self._child.kill()
 
     def failure(self, said: Event | None) -> Event | None:
         """How it ended, where that was not well; `said` is what it said of it."""
@@ -72,10 +83,17 @@ class Process:
             return None
         if said is not None:
             return said
-        if code == InterruptedRun.exit_code or self._stops:
+        if code == InterruptedRun.exit_code or self.was_stopped:
             return _failure("interrupted; what was finished is kept", "", 75)
         hint = f"all it said is in {self._output}"
-        return _failure(child.crash("the run", code, self._output), hint, 1)
+        try:
+            text = child.crash("the run", code, self._output) if self._logs else ""
+        except OSError:
+            text = ""
+        if not text:
+            text = f"the run ended with exit code {code}"
+            hint = f"{self._output} could not be written, so nothing it said is kept"
+        return _failure(text, hint, 1)
 
     def _read(self) -> None:
         assert self._child.stdout is not None

@@ -26,6 +26,15 @@ LOGS = 9
 Record = dict[str, Any]
 
 
+def of_file(space: Workspace, recipe: Path) -> Folder | None:
+    """What the watch of a recipe file wrote down, whatever the recipe is called in it."""
+    for path in sorted((space.artifacts / "watch").glob("*.json")):
+        found = Folder(space, path.name.removesuffix(".json"))
+        if found.read().get("path") == str(recipe.absolute()):
+            return found
+    return None
+
+
 class Folder:
     """The files of one watched recipe."""
 
@@ -78,8 +87,11 @@ class Folder:
             return True
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Holds the lock, which the system frees when the process dies."""
+    def held(self, recipe: Path) -> Iterator[None]:
+        """Holds the lock, which the system frees when the process dies.
+
+        `recipe` is the file, for whom is refused because another watch holds it.
+        """
         from filelock import FileLock, Timeout
 
         disk.make_folder(self.path)
@@ -91,7 +103,7 @@ class Folder:
             by = f" by process {pid}" if pid else ""
             raise BusyError(
                 f"{self._recipe} is being watched already{by}",
-                hint="`runner status` says what it does; stop it first, or leave it to it",
+                hint=f"`runner status {recipe}` says what it does; stop it, or leave it to it",
             ) from None
         try:
             yield

@@ -77,7 +77,7 @@ def folders(root: Path, recipe: Path, compiled: Compiled) -> frozenset[tuple[str
     found: set[tuple[str, bool, int, int]] = set()
     for step in compiled.steps:
         for pattern in step.sources:
-            source = _watched(_plain(root / pattern))
+            source = _watched(_plain(root, pattern))
             found.add(source)
             found.add(_identified(Path(source[0]).parent, recursive=False))
     for path in recipe_files(recipe, compiled):
@@ -102,14 +102,10 @@ def _matching(root: Path, pattern: str, aside: dict[str, str]) -> list[str]:
         return workspace.matching(root, pattern, frozenset(aside))
 
 
-def _plain(path: Path) -> Path:
-    """The part of a pattern before its first wildcard."""
-    parts = []
-    for part in path.parts:
-        if any(char in part for char in "*?["):
-            break
-        parts.append(part)
-    return Path(*parts)
+def _plain(root: Path, pattern: str) -> Path:
+    """The source itself, or of a glob what is before its first wildcard."""
+    path = root / pattern
+    return path if path.exists() else root.joinpath(*workspace.before_glob(pattern))
 
 
 def _watched(path: Path) -> tuple[str, bool, int, int]:

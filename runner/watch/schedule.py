@@ -85,7 +85,9 @@ class Conditions:
             least = self.min_new_conversations
             text = f"{new:,} of at least {least:,} new conversations are there"
             return Wait(text, None)
-        if last_started is not None and now < last_started + self.min_interval_s:
+        # A start in the future is of a clock that was ahead; that it was not so long ago is all
+        # that could be said of it.
+        if last_started is not None and last_started <= now < last_started + self.min_interval_s:
             until = opening(self.at, last_started + self.min_interval_s)
             return Wait(f"the last training started {_clock(last_started)}", until)
         if self.at is not None and opening(self.at, now) > now:

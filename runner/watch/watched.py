@@ -26,6 +26,11 @@ from runner.watch.schedule import Batch, Pace, retry_after
 
 Tell = Callable[[str, Event], None]
 
+GOES_ON = (
+    "the training under way goes on with the old one; ctrl-C and a new start of the watch"
+    " train with the new one at once"
+)
+
 
 class Watched:
     """A recipe from the start of its watch to the end."""
@@ -41,7 +46,7 @@ class Watched:
         listens: bool,
         accept_deletions: bool,
     ) -> None:
-        self._path = path
+        self.path = path
         self._asked_root = root
         self._overrides = tuple(overrides)
         self._pace = pace
@@ -51,14 +56,17 @@ class Watched:
         self.name = self.compiled.name
         self.folder = Folder(self.space, self.name)
         self._tell = tell
-        self._recipe_seen = self._recipe_signatures()
+        self._recipe_seen = self._recipe_new = self._recipe_signatures()
+        self._recipe_new_at = 0.0
+        self._recipe_waits = False
 
     def begin(self) -> None:
         """The first scan; what the last watch left is read. The lock is held by now."""
         self._log = self.folder.log()
         before = self.folder.read()
         self._record: Record = {
-            "recipe": str(self._path),
+            "recipe": str(self.path),
+            "path": str(self.path.absolute()),
             "pid": os.getpid(),
             "since": round(time.time()),
             "state": "starting",
@@ -72,6 +80,7 @@ class Watched:
             "recipe_problem": "",
             "training_since": before.get("training_since"),
             "uncommitted": before.get("uncommitted"),
+            "release": before.get("release"),
         }
         self._folders: frozenset[tuple[str, bool, int, int]] = frozenset()
         self._arrivals: Arrivals | None = None
@@ -79,6 +88,8 @@ class Watched:
         self._scan: Scan | None = None
         self._taken: Scan | None = None
         self._wants = True
+        self._process: Process | None = None
+        self._coming: Compiled | None = None
         self._failures = 0
         self._stuck: Scan | None = None
         self._retry_at: float | None = None
@@ -122,8 +133,10 @@ class Watched:
         elif arrivals is not None and arrivals.is_elsewhere():
             self._folders = frozenset()
             self._next_scan = now
-        if self._is_held and self.folder.is_accepted():
+        if self._is_held and self._is_accepted():
             self._accept()
+        if self._process is not None:
+            self._check_recipe(now)
         if not is_running and (is_news or now >= self._next_scan):
             self._look(now)
             self._state()
@@ -174,10 +187,10 @@ class Watched:
         self._failure: Event | None = None
         self._causes: list[str] = []
         self._release: Event | None = None
-        self._did = False
+        self._did = self._trains = False
         self._waits_for = ""
         job = work.Job(
-            path=str(self._path.absolute()),
+            path=str(self.path.absolute()),
             root=str(self.space.root),
             compiled=self.compiled.plain(),
             held=tuple(found.aside),
@@ -185,12 +198,16 @@ class Watched:
             accept_deletions=self._accepts,
             trains_anyway=self._record["training_since"] is not None,
         )
-        self._state("running")
-        process = Process(job, self.folder.file(".run.log"), wake)
-        self._tell(self.name, {"event": "run", "started": process.started})
-        return process
+        self._process = Process(job, self.folder.file(".run.log"), wake)
+        self._state()
+        self._tell(self.name, {"event": "run", "started": self._process.started})
+        return self._process
 
     # --- while something runs
+
+    def stopping(self) -> None:
+        """A signal came: the run is asked to save and end, which may take a while."""
+        self._say("stopping", "what is under way is saved first; ctrl-C again does not wait")
 
     def hear(self, event: Event) -> None:
         """An event of the run."""
@@ -206,11 +223,12 @@ class Watched:
                 self._did = True
                 self._causes.append(f"{event['stage']}: {'; '.join(event['causes'])}")
                 if self._is_training(event["stage"]):
+                    self._trains = True
                     self._record["training_since"] = event["time"]
-                    self._state("running")
+                    self._state()
             case "stage_finished" if self._is_training(event["stage"]):
                 self._record["training_since"] = None
-                self._state("running")
+                self._state()
             case "stage_restored" | "switched":
                 self._did = True
             case "release":
@@ -220,7 +238,8 @@ class Watched:
         self._tell(self.name, event)
 
     def finish(self, process: Process) -> None:
-        """The run has ended."""
+        """The run has ended; a recipe that was changed meanwhile is the one from here on."""
+        self._process = None
         seconds = round(time.time() - process.started, 1)
         failure = process.failure(self._failure)
         last = {"started": round(process.started, 1), "seconds": seconds}
@@ -229,10 +248,14 @@ class Watched:
             self._succeeded(last)
         elif failure["exit_code"] == InterruptedRun.exit_code and process.was_stopped:
             self._wants = True
-            self._record["last"] = {**last, "state": "interrupted", "text": failure["message"]}
-            self.exit_code = InterruptedRun.exit_code
+            if self._coming is None or self._trains:
+                text = failure["message"]
+                self._record["last"] = {**last, "state": "interrupted", "text": text}
+                self.exit_code = InterruptedRun.exit_code
         else:
             self._failed(failure, last, now)
+        if self._coming is not None:
+            self._adopt(self._coming, now)
         found = self._look(now)
         if found is not None and failure is None:
             if self._started_with.young:
@@ -253,6 +276,8 @@ class Watched:
             text = self._release["text"]
         if self._did or self._record["last"] is None:
             self._record["last"] = {**last, "state": "done", "text": text}
+        if self._release is not None:
+            self._record["release"] = self._release["release"]
         if self._did:
             self._say("done", text)
             self._notify("done", text, last)
@@ -281,7 +306,7 @@ class Watched:
             self._taken = None
             self._retry_at = now + retry_after(self._failures, self._pace)
         else:
-            self.folder.is_accepted()  # what was accepted earlier is not this
+            self._is_accepted()  # what was accepted earlier is not this
         self._say(state, f"{text}\n  {failure['hint']}" if failure["hint"] else text)
         if self._failures == 1:
             self._notify(state, text, last)
@@ -311,6 +336,8 @@ class Watched:
         self._check_listening(found)
         often = self._is_polling or found.missing or self._is_held
         self._next_scan = now + (self._pace.poll_s if often else self._pace.rescan_s)
+        if self._recipe_waits:
+            self._next_scan = now + self._pace.settle_s
         return found
 
     @property
@@ -321,7 +348,7 @@ class Watched:
         """Listens to the folders that there are now: others, or mounted anew, are listened to."""
         if not self._listens:
             return
-        folders = scan.folders(self.space.root, self._path, self.compiled)
+        folders = scan.folders(self.space.root, self.path, self.compiled)
         if folders == self._folders and self._arrivals is not None:
             return
         if self._arrivals is not None:
@@ -350,13 +377,23 @@ class Watched:
         self._say("polling", self._record["watching"])
 
     def _check_recipe(self, now: float) -> None:
-        """Reads the recipe again where it changed; keeps the last good one where that is broken."""
+        """Reads the recipe again where it changed; keeps the last good one where that is broken.
+
+        A run with the recipe as it was is ended to start anew, but for one that trains.
+        """
         seen = self._recipe_signatures()
+        self._recipe_waits = False
         if seen == self._recipe_seen:
             return
+        if seen != self._recipe_new:
+            self._recipe_new, self._recipe_new_at = seen, now
         ages = [look.age_s(one, time.time_ns()) for one in seen if one is not None]
-        if min(ages, default=0.0) < self._pace.settle_s / 4:
-            self._batch = self._batch or Batch(now, now)
+        is_young = min(ages, default=float("inf")) < self._pace.settle_s / 4
+        # An editor may take the file away for a moment before it puts the new one there.
+        if is_young or (None in seen and now < self._recipe_new_at + self._pace.settle_s):
+            self._recipe_waits = True
+            if self._process is None:
+                self._batch = self._batch or Batch(now, now)
             return
         self._recipe_seen = seen
         try:
@@ -365,23 +402,46 @@ class Watched:
             problem = error.message if isinstance(error, RunnerError) else str(error)
             self._record["recipe_problem"] = problem
             self._say("recipe", f"{problem}\n  the recipe as it was before goes on")
+            self._state()
             return
+        was_broken = bool(self._record["recipe_problem"])
         self._record["recipe_problem"] = ""
         if compiled.name != self.name:
             text = f"the recipe is called {compiled.name} now; start the watch again"
             self._record["recipe_problem"] = text
             self._say("recipe", text)
+            self._state()
             return
-        if json.dumps(compiled.plain()) != json.dumps(self.compiled.plain()):
-            self.compiled = compiled
-            self._wants, self._failures, self._stuck, self._taken = True, 0, None, None
-            self._batch = self._batch or Batch(now, now)
-            self._say("recipe", "the recipe has changed")
-            self._recipe_seen = self._recipe_signatures()
+        before = self._coming or self.compiled
+        if json.dumps(compiled.plain()) == json.dumps(before.plain()):
+            if was_broken:
+                self._say("recipe", "the recipe is mended, and is as it was before")
+                self._state()
+            return
+        text = "the recipe is mended, and has changed" if was_broken else "the recipe has changed"
+        if self._process is None:
+            self._say("recipe", text)
+            self._adopt(compiled, now)
+            return
+        self._coming = compiled
+        if self._trains:
+            self._say("recipe", f"{text}; {GOES_ON}")
+        else:
+            self._say("recipe", f"{text}; the run under way ends and starts anew with it")
+            self._process.stop()
+        self._state()
+
+    def _adopt(self, compiled: Compiled, now: float) -> None:
+        """Goes on with another recipe."""
+        self.compiled, self._coming = compiled, None
+        self._wants, self._failures, self._stuck, self._taken = True, 0, None, None
+        self._batch = self._batch or Batch(now, now)
+        # The recipe itself may be another one again by now; which files it extends is new.
+        self._recipe_seen = (*self._recipe_seen[:1], *self._recipe_signatures()[1:])
 
     def _recipe_signatures(self) -> tuple[look.Signature | None, ...]:
         found: list[look.Signature | None] = []
-        for path in scan.recipe_files(self._path, self.compiled):
+        for path in scan.recipe_files(self.path, self.compiled):
             try:
                 found.append(look.signature(str(path)))
             except OSError:
@@ -389,8 +449,14 @@ class Watched:
         return tuple(found)
 
     def _opened(self) -> tuple[Compiled, Workspace]:
-        with opened.at(self._path, self._asked_root, self._overrides) as current:
+        with opened.at(self.path, self._asked_root, self._overrides) as current:
             return current.compiled, current.workspace
+
+    def _is_accepted(self) -> bool:
+        try:
+            return self.folder.is_accepted()
+        except OSError:
+            return False  # a folder that cannot be used does not end a watch
 
     def _accept(self) -> None:
         self._accepts, self._wants, self._is_held = True, True, False
@@ -417,7 +483,9 @@ class Watched:
             record["aside"] = aside[: work.BAD_FILES_MAX]
         if not state:
             state = "waiting" if self._batch or self._wants else "idle"
-            if self._is_held:
+            if self._process is not None:
+                state = "running"
+            elif self._is_held:
                 state = "held"
             elif self._failures or self._problem:
                 state = "failed"
@@ -457,7 +525,7 @@ class Watched:
         message = self._record["uncommitted"]
         if message is None:
             return
-        problem = committed.lockfile(self._path.with_suffix(".lock"), message)
+        problem = committed.lockfile(self.path.with_suffix(".lock"), message)
         if problem:
             self._warn(f"the lockfile could not be committed: {problem}")
         self._record["uncommitted"] = None
@@ -470,7 +538,7 @@ def _line(event: Event) -> str:
             return f"{event['stage']}: runs, because {'; '.join(event['causes'])}"
         case "stage_finished":
             return f"{event['stage']}: done in {event['seconds']} s"
-        case "warning" | "verdict" | "release":
+        case "warning" | "verdict":
             return f"{event.get('stage', event['event'])}: {event['text']}"
     return ""
 
