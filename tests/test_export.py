@@ -82,14 +82,14 @@ def test_nothing_to_do_is_nothing_to_do(recipe: Path) -> None:
 
 
 def test_another_level_makes_that_level_alone(recipe: Path) -> None:
-    edit(recipe, "[q8_0]", "[q8_0, q4_k_m]")
+    edit(recipe, "[q8_0]", "[q8_0, iq4_nl]")
     before = links(recipe)
     assert states(recipe)["export/q8_0"] == "skip"
     made = ran(recipe)
     on_the_way = ["export/merged", "export/unquantised", "export/importance"]
-    assert made[:4] == [*on_the_way, "export/q4_k_m"]
+    assert made[:4] == [*on_the_way, "export/iq4_nl"]
     assert set(made[4:]) <= {"export/card"}
-    assert links(recipe) == before | {"small-q4_k_m.gguf"}
+    assert links(recipe) == before | {"small-iq4_nl.gguf"}
     assert set(states(recipe).values()) == {"skip"}
 
 
@@ -99,16 +99,16 @@ def test_only_levels_of_few_bits_read_an_importance_matrix() -> None:
         steps = compile(text.encode(), "x.yaml").steps
         return {step.name: step.inputs for step in steps if step.stage == "export"}
 
-    found = inputs("gguf: [f16, q8_0, q6_k, q4_k_m, q2_k]")
+    found = inputs("gguf: [f16, q8_0, q4_k_m, iq4_xs, q2_k]")
     plain = {"unquantised": "export/unquantised", "reference": "export/reference"}
-    for level in ("f16", "q8_0", "q6_k"):
+    for level in ("f16", "q8_0", "q4_k_m"):
         assert found[f"export/{level}"] == plain
-    for level in ("q4_k_m", "q2_k"):
+    for level in ("iq4_xs", "q2_k"):
         assert found[f"export/{level}"] == {**plain, "importance": "export/importance"}
     assert found["export/importance"]["tokens"] == "tokenize"
-    assert "export/importance" not in inputs("gguf: [f16, q8_0, q6_k]")
-    off = inputs("gguf: [q8_0, q4_k_m]\n    importance: off")
-    assert off["export/q4_k_m"] == plain
+    assert "export/importance" not in inputs("gguf: [f16, q8_0, q4_k_m]")
+    off = inputs("gguf: [q8_0, q2_k]\n    importance: off")
+    assert off["export/q2_k"] == plain
     assert "export/importance" not in off
 
 

@@ -229,7 +229,6 @@ def test_a_client_that_goes_away_does_not_hold_up_the_next(
     assert time.monotonic() - begin < 4  # the story alone takes longer
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def raw(ready: dict[str, Any], *parts: bytes, ends: bool = False) -> bytes:
     """All that comes back for these bytes; `ends` says that no more are sent."""
     port = int(ready["url"].split(":")[2].partition("/")[0])
@@ -290,6 +289,7 @@ def test_a_request_that_drips_is_cut_off_in_time() -> None:
             serve._InTime(ours, 0.3).readall()
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_it_ends_with_exit_code_0_and_leaves_nothing_behind(
     smollm2_gguf: Path, tmp_path: Path, name: str
 ) -> None:

@@ -247,6 +247,57 @@ def test_deletions_can_be_accepted_beside_the_running_watch(tmp_path: Path) -> N
         assert len(ingested(tmp_path)) == 3
 
 
+def test_deletions_can_be_accepted_beside_a_watch_of_two_recipes(tmp_path: Path) -> None:
+    one, other = make(tmp_path / "one"), make(tmp_path / "other")
+    other.write_text(DATA_RECIPE.replace("small", "other"))
+    with Watch([one, other], quiet_s=1.0) as watch:
+        watch.says("done")
+        watch.says("done")
+        for root in (tmp_path / "one", tmp_path / "other"):
+            for number in range(3):
+                (root / "chats" / f"chat-{number}.json").unlink()
+        watch.says("held")
+        watch.says("held")
+        done = workspaces.run("watch", one, other, "--accept-deletions")
+        assert done.returncode == 0, done.stderr
+        watch.says("done")
+        watch.says("done")
+
+
+def test_a_folder_of_records_that_cannot_be_written_does_not_end_the_watch(
+    tmp_path: Path,
+) -> None:
+    recipe = make(tmp_path)
+    with Watch(recipe) as watch:
+        watch.says("done")
+        shutil.rmtree(tmp_path / "artifacts" / "watch")
+        (tmp_path / "artifacts" / "watch").touch()
+        chat(tmp_path / "chats" / "new.json", "hello", "there")
+        watch.says("done")
+        assert len(ingested(tmp_path)) == 7
+
+
+def test_a_folder_of_records_that_was_deleted_is_made_again(tmp_path: Path) -> None:
+    recipe = make(tmp_path)
+    with Watch(recipe) as watch:
+        watch.says("done")
+        shutil.rmtree(tmp_path / "artifacts" / "watch")
+        chat(tmp_path / "chats" / "new.json", "hello", "there")
+        watch.says("done")
+        assert becomes(lambda: (tmp_path / "artifacts" / "watch" / "small.json").exists())
+
+
+def test_a_recipe_that_is_deleted_is_reported_and_found_again(tmp_path: Path) -> None:
+    recipe = make(tmp_path)
+    with Watch(recipe) as watch:
+        watch.says("done")
+        recipe.rename(tmp_path / "away.yaml")
+        assert "small.yaml" in watch.says("recipe")["text"]
+        assert becomes(lambda: "the recipe is broken" in state(tmp_path)["text"])
+        (tmp_path / "away.yaml").rename(recipe)
+        assert becomes(lambda: not state(tmp_path)["recipe_problem"])
+
+
 def test_a_folder_that_is_renamed_is_not_a_deletion(tmp_path: Path) -> None:
     recipe = make(tmp_path)
     with Watch(recipe) as watch:

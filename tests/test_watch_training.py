@@ -111,6 +111,18 @@ def test_a_training_under_way_goes_on_when_the_recipe_changes_and_that_is_said(
         assert any(e.get("state") == "stopping" for e in watch.events)
 
 
+def test_after_the_training_under_way_the_changed_recipe_is_trained_with(trained: Path) -> None:
+    trained.write_text(LONG.replace("max_steps: 400", "max_steps: 60"))
+    with Watch(trained, once=True) as watch:
+        watch.until(lambda e: e["event"] == "metrics" and "step" in e, 120)
+        trained.write_text(LONG.replace("max_steps: 400", "max_steps: 3"))
+        watch.says("recipe", 60)
+        again = watch.runs("train", 120)
+        assert any("max_steps" in cause for cause in again["causes"])
+        assert watch.end(120) == 0
+    assert states(trained)["train"] == "skip"
+
+
 def test_an_accepted_model_commits_the_lockfile_and_says_why(
     first: tuple[Path, list[Event]],
 ) -> None:

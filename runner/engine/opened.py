@@ -160,7 +160,7 @@ def _code_fingerprint() -> list[list[Any]]:
     """Changes with the runner's own code, so that a new version compiles recipes anew."""
     package = Path(__file__).parent.parent
     found = []
-    for folder in (package, package / "engine", package / "stages", package / "chat"):
+    for folder in (package, *(package / name for name in ("engine", "stages", "model", "chat"))):
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.endswith(".py"):
