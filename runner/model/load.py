@@ -323,7 +323,7 @@ def _whole_files(folder: Path) -> Iterator[None]:
         if not any(words in str(error) for words in _OTHER_SIZES):
             raise
         raise PreconditionError(
-            f"the model {folder} cannot be read: config.json says other sizes than the weights have",
+            f"the model {folder} cannot be read: its config and its weights differ in size",
             hint="its files are damaged, or from different models; get the model again",
         ) from error
     except ImportError as error:
