@@ -236,7 +236,7 @@ def _apply(options: argparse.Namespace) -> int:
     ):
         planned = execute.apply(current, listen, choice=_choice(options), wait=not options.no_wait)
         results = current.links
-    did = any(step.state != "skip" for step in planned) or "switched" in shown
+    did = any(step.state != "skip" for step in planned) or "release" in shown
     global is_brief
     is_brief = not did and not shown
     if options.json:

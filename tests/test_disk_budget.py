@@ -61,41 +61,52 @@ def run(it: Stage, work: Path, **given: Any) -> Path:
     return output
 
 
-def test_an_export_is_as_large_as_was_said(tiny_base: Path, tmp_path: Path) -> None:
+def parts(**settings: Any) -> dict[str, Stage]:
+    """The parts of an export stage, by name."""
+    export = stage("export", **settings)
+    return {unit.name: unit.stage for unit in export.units(stage("train"), "./base")}
+
+
+def said(part: Stage, known: Sizes) -> dict[str, int]:
+    return by_name(part.writes_bytes(known))
+
+
+def test_each_part_of_an_export_is_as_large_as_was_said(tiny_base: Path, tmp_path: Path) -> None:
     model = load.causal_lm(tiny_base, dtype="bfloat16", device="cpu")
     adapted = lora.attach(model, rank=16, alpha=8, dropout=0.0, target_modules="all-linear")
-    trained = tmp_path / "model"
-    trained.mkdir()
-    lora.write(adapted, trained)
-    export = stage("export", gguf=["f16", "q8_0", "q4_k_m"], ollama=True)
-    said = by_name(export.writes_bytes(sizes(tiny_base, model=disk.size(trained))))
-    made = run(export, tmp_path, inputs={"model": trained}, base_model=tiny_base)
-    for what, path in (
-        ("adapter", made / "adapter"),
-        ("merged model", made / "merged"),
-        ("f16.gguf", made / "small-f16.gguf"),
-        ("q8_0.gguf", made / "small-q8_0.gguf"),
-        ("q4_k_m.gguf", made / "small-q4_k_m.gguf"),
-    ):
-        assert said[what] == pytest.approx(disk.size(path), rel=0.05), what
-    kept = [one for one in export.writes_bytes(sizes(tiny_base, model=1)) if not one.temporary]
-    assert sum(one.bytes for one in kept) == pytest.approx(disk.size(made), rel=0.05)
+    (tmp_path / "tokens").mkdir()
+    made = {"model": tmp_path / "model", "tokens": tmp_path / "tokens"}
+    made["model"].mkdir()
+    lora.write(adapted, made["model"])
+    (made["model"] / "metrics.jsonl").touch()
+    known = sizes(tiny_base, model=disk.size(made["model"]))
+    found = {}
+    levels = ["f16", "q8_0", "q4_k_m"]
+    for name, part in parts(gguf=levels, ollama=True).items():
+        work = tmp_path / name
+        made[name] = run(part, work, inputs=made, base_model=tiny_base)
+        made[part.writes] = made[name]
+        found[name] = (sum(said(part, known).values()), disk.size(made[name]))
+    for name in ("adapter", "merged", "unquantised", *levels):
+        expected, real = found[name]
+        assert expected == pytest.approx(real, rel=0.05), name
+    for name in ("reference", "modelfile", "card"):
+        expected, real = found[name]
+        assert expected >= real, name
 
 
-def test_an_export_needs_room_for_the_unquantised_model_meanwhile(tiny_base: Path) -> None:
+def test_an_export_needs_room_for_what_is_not_kept(tiny_base: Path) -> None:
     only_gguf = stage("export", adapter=False, merged=False, gguf=["q4_k_m"])
-    written = only_gguf.writes_bytes(sizes(tiny_base, model=5_000_000))
-    assert [(one.what, one.temporary) for one in written] == [
-        ("merged model", True),
-        ("unquantised.gguf", True),
-        ("q4_k_m.gguf", False),
-    ]
+    units = {unit.name: unit for unit in only_gguf.units(stage("train"), "./base")}
+    assert [name for name, unit in units.items() if unit.transient] == ["merged", "unquantised"]
+    for name in ("merged", "unquantised"):
+        assert sum(said(units[name].stage, sizes(tiny_base)).values()) > 1_000_000
 
 
-def test_a_whole_model_has_no_adapter_to_export(tiny_base: Path) -> None:
-    whole = disk.size(tiny_base)
-    assert "adapter" in by_name(stage("export").writes_bytes(sizes(tiny_base, model=70_000)))
-    assert "adapter" not in by_name(stage("export").writes_bytes(sizes(tiny_base, model=whole)))
+def test_a_whole_model_has_no_adapter_to_export() -> None:
+    units = stage("export").units(stage("train", method="full"), "./base")
+    assert "adapter" not in {unit.name for unit in units}
+    assert "adapter" in parts()
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -174,29 +185,28 @@ def test_one_checkpoint_is_singular(base: Path) -> None:
 
 
 def test_before_the_base_model_is_there_it_says_so() -> None:
-    train, export = stage("train"), stage("export")
+    train, merged = stage("train"), parts()["merged"]
     assert train.writes_bytes(sizes(tokens=1000)) == (
         Written("model and checkpoints, not known before the base model is there", 0),
     )
     assert train.checkpoint_bytes(sizes(tokens=1000)) is None
-    assert export.writes_bytes(sizes(model=1000)) == (
-        Written("model files, not known before the base model is there", 0),
+    assert merged.writes_bytes(sizes(model=1000)) == (
+        Written("merged model, not known before the base model is there", 0),
     )
     assert by_name(train.writes_bytes(sizes(previous=7)))["model, as large as last time"] == 7
-    assert by_name(export.writes_bytes(sizes(previous=7))) == {
-        "model files, as large as last time": 7
-    }
+    assert said(merged, sizes(previous=7)) == {"merged model, as large as last time": 7}
 
 
 def test_a_gguf_base_model_is_converted_once(smollm2_gguf: Path, smollm2: Path) -> None:
-    for kind in ("tokenize", "train", "evaluate", "export"):
-        written = stage(kind).writes_bytes(sizes(smollm2_gguf, conversations=100, model=100))
-        (converted,) = (one for one in written if one.once)
+    stages = [stage(kind) for kind in ("tokenize", "train", "evaluate")]
+    for one in (*stages, parts()["reference"], parts()["merged"]):
+        written = one.writes_bytes(sizes(smollm2_gguf, conversations=100, model=100))
+        (converted,) = (what for what in written if what.once)
         assert converted.what == "the base model as safetensors, for the cache"
         assert converted.bytes == pytest.approx(disk.size(smollm2), rel=0.001)
-        again = stage(kind).writes_bytes(sizes(smollm2_gguf, base_converted=True))
-        assert not [one for one in again if one.once]
-        assert not [one for one in stage(kind).writes_bytes(sizes(smollm2)) if one.once]
+        again = one.writes_bytes(sizes(smollm2_gguf, base_converted=True))
+        assert not [what for what in again if what.once]
+        assert not [what for what in one.writes_bytes(sizes(smollm2)) if what.once]
 
 
 def test_tokens_take_no_more_than_was_said(smollm2: Path, tmp_path: Path) -> None:

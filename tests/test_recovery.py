@@ -221,7 +221,7 @@ def test_a_real_limit_on_memory_makes_passes_smaller_and_changes_no_result(tmp_p
         return [json.loads(line) for line in done.stdout.splitlines()]
 
     assert not warnings(run("wide", 0))
-    said = warnings(run("narrow", 60_000_000))
+    said = warnings(run("narrow", 25_000_000))
     assert said
     assert all(text.startswith("out of memory: ") for text in said)
     difference = (weights(tmp_path / "wide") - weights(tmp_path / "narrow")).abs().max()

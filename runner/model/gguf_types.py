@@ -49,8 +49,8 @@ WITH_IMPORTANCE: frozenset[Level] = frozenset(
     ("iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k")
 )
 """Levels that are quantised with an importance matrix: by `tests/benchmarks/imatrix.py` their mean
-KL, 0.3 to 1 nats, falls by 33 to 46 %. Of a model whose base was on a 4-bit grid already, q4_k_m came
-out worse with one (0.056 after 0.043 on the quickstart), so the finer levels go without."""
+KL, 0.3 to 1 nats, falls by 33 to 46 %. Of a model whose base was on a 4-bit grid already, q4_k_m
+came out worse with one (0.056 after 0.043 on the quickstart), so the finer levels go without."""
 UNQUANTISED = (TensorType.F32, TensorType.F16, TensorType.BF16)
 
 
