@@ -92,7 +92,10 @@ def prepare(folder: Path) -> None:
 
 
 def merge(folder: Path) -> None:
-    from runner.model import adapter
+    from runner.model import quickly
+
+    with quickly.importing():  # as the step of an export does
+        from runner.model import adapter
 
     output = emptied(folder / "ours") / "merged"
     adapter.merge(folder / "base", folder / "adapter", output, dtype="bfloat16")
