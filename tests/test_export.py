@@ -10,6 +10,7 @@ import pytest
 
 from runner.engine import lock
 from runner.engine.recipe import compile
+from runner.stages.export import _trained
 from tests.workspaces import DATA_RECIPE, make, run, states
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -202,3 +203,22 @@ def test_ollama_is_told_the_command_where_it_is_not_installed(recipe: Path) -> N
     done = run("export", recipe, "--ollama", "mine", env={"PATH": "/nowhere"})
     assert done.returncode == 3
     assert "ollama create mine -f" in done.stderr
+
+
+def test_the_card_tells_the_loss_of_the_step_that_was_kept(tmp_path: Path) -> None:
+    rows = [
+        {"step": 0, "eval_loss": 2.9},
+        {"step": 1, "loss": 9.0},
+        {"step": 2, "eval_loss": 19.9},
+        {"step": 2, "loss": 9.5},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert _trained(tmp_path) == (2, 2.9, 19.9)
+
+
+def test_a_stage_that_goes_takes_its_files_with_it(recipe: Path) -> None:
+    text = recipe.read_text()
+    recipe.write_text(text[: text.index("  - stage: export")].replace("0.3", "0.4"))
+    assert ran(recipe)
+    assert not (recipe.parents[1] / "artifacts" / "small" / "export").exists()
+    assert run("plan", recipe, "--check").returncode == 0
