@@ -72,8 +72,12 @@ class _Version(argparse.Action):
 
 def _recipe(command: Parser) -> None:
     command.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe, *.yaml")
+    _where_and_how(command)
+
+
+def _where_and_how(command: Parser) -> None:
     command.add_argument(
-        "--workspace", type=Path, metavar="DIR", help="folder that its paths start from"
+        "--workspace", type=Path, metavar="DIR", help="folder that paths in a recipe start from"
     )
     command.add_argument(
         "--set",
@@ -249,17 +253,7 @@ def _add(command: Parser) -> None:
 
 def _watch(command: Parser) -> None:
     command.add_argument("recipes", type=Path, nargs="+", metavar="RECIPE", help="recipes, *.yaml")
-    command.add_argument(
-        "--workspace", type=Path, metavar="DIR", help="folder that their paths start from"
-    )
-    command.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="STAGE.KEY=VALUE",
-        help="another value than the recipes', as long as this watch lasts",
-    )
+    _where_and_how(command)
     command.add_argument(
         "--once", action="store_true", help="do what is to be done now, then end; for cron"
     )
@@ -301,17 +295,7 @@ def _doctor(command: Parser) -> None:
     command.add_argument(
         "recipe", type=Path, nargs="?", metavar="RECIPE", help="does its training fit here?"
     )
-    command.add_argument(
-        "--workspace", type=Path, metavar="DIR", help="folder that its paths start from"
-    )
-    command.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="STAGE.KEY=VALUE",
-        help="another value than the recipe's, for this command",
-    )
+    _where_and_how(command)
     command.add_argument(
         "--memory", metavar="SIZE", help="does it fit on a GPU of 8GB, say, wherever that is?"
     )

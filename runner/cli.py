@@ -556,7 +556,7 @@ def _release(
     decide: Callable[[Opened, Callable[[dict[str, Any]], None]], Verdict],
 ) -> int:
     """Has another release be the current one, and says what became of it."""
-    from runner.engine import opened, release
+    from runner.engine import opened
     from runner.engine.words import escaped
     from runner.ui import progress
 
@@ -567,8 +567,6 @@ def _release(
             print(progress.line_of(event))
 
     with opened.at(options.recipe, options.workspace, options.overrides) as current:
-        if current.compiled.retrain is None:
-            release.promote(current)  # refuses, and no lock is waited for to do so
         verdict = decide(current, listen)
     if options.json:
         _print_json(verdict.event())

@@ -91,12 +91,14 @@ def push(current: Opened) -> list[Planned]:
 
 def promote(current: Opened, listen: Listener) -> Verdict:
     """Makes what was made last the current release."""
+    release.refuse_without_retrain(current)
     with _locked(current, True, listen):
         return release.promote(current)
 
 
 def rollback(current: Opened, listen: Listener, number: int | None = None) -> Verdict:
     """Makes the release before, or that of the number, the current one."""
+    release.refuse_without_retrain(current)
     with _locked(current, True, listen):
         return release.rollback(current, number)
 

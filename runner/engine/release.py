@@ -74,7 +74,6 @@ def consider(
 
 def promote(current: Opened) -> Verdict:
     """Makes what was made last the current release, whatever the gate has against it."""
-    _refuse_without_retrain(current)
     locked = lock.read(current.lock_path)
     made, release = _made(current, locked), locked.release
     if not any(name in made for name in _trainings(current)):
@@ -95,7 +94,6 @@ def promote(current: Opened) -> Verdict:
 
 def rollback(current: Opened, number: int | None = None) -> Verdict:
     """Makes an earlier release the current one again: the one before, or that of the number."""
-    _refuse_without_retrain(current)
     locked = lock.read(current.lock_path)
     release = locked.release
     if release is None:
@@ -347,7 +345,8 @@ def _fetch(current: Opened, outputs: Mapping[str, str], what: str) -> None:
             )
 
 
-def _refuse_without_retrain(current: Opened) -> None:
+def refuse_without_retrain(current: Opened) -> None:
+    """Raises RecipeError where the recipe has no releases to choose from."""
     if current.compiled.retrain is None:
         raise RecipeError(
             f"{current.path} has no `retrain:`, and so no releases: what was made last counts",
