@@ -16,7 +16,7 @@ def written(**changes: Any) -> str:
     facts: dict[str, Any] = {
         "name": "my style",
         "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "licence": "apache-2.0",
+        "base_licence": "apache-2.0",
         "method": "lora",
         "steps": 63,
         "conversations": 1234,
@@ -80,7 +80,7 @@ how often the likeliest token is the same, and how many replies end where they s
 def test_what_is_not_known_is_left_out() -> None:
     text = written(
         base_model=None,
-        licence=None,
+        base_licence=None,
         steps=None,
         conversations=None,
         eval_loss_before=None,
@@ -180,3 +180,10 @@ def test_a_damaged_base_has_no_licence(tmp_path: Path) -> None:
     assert card.licence(tmp_path / "x.gguf") is None
     (tmp_path / "config.json").write_text("[")
     assert card.licence(tmp_path) is None
+
+
+def test_a_licence_of_ones_own_is_not_called_the_base_models() -> None:
+    text = written(licence="mit", author="Ann *")
+    assert front_matter(text)["license"] == "mit"
+    assert "The base model's licence is apache-2.0." in text
+    assert "\nBy Ann \\*.\n" in text

@@ -222,3 +222,15 @@ def test_a_stage_that_goes_takes_its_files_with_it(recipe: Path) -> None:
     assert ran(recipe)
     assert not (recipe.parents[1] / "artifacts" / "small" / "export").exists()
     assert run("plan", recipe, "--check").returncode == 0
+
+
+def test_a_plan_says_that_a_release_is_to_be_decided(recipe: Path) -> None:
+    edit(recipe, "base_model:", "retrain: {}\nbase_model:")
+    planned = run("plan", recipe, "--check")
+    assert planned.returncode == 5
+    assert "current" in planned.stderr
+    done = run("apply", recipe)
+    assert "release 1: the first model" in done.stdout
+    assert run("plan", recipe, "--check").returncode == 0
+    current = recipe.parents[1] / "artifacts" / "small" / "current"
+    assert {link.name for link in (current / "export").iterdir()} == links(recipe)

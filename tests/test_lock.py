@@ -79,11 +79,3 @@ def test_two_branches_join_without_a_conflict_and_lose_no_fact(tmp_path: Path, w
     git("merge", "other", "-m", "merged") if way == "merge" else git("rebase", "other")
     facts = lock.read(tmp_path / "x.lock").facts
     assert all(fact in facts for fact in (FACT, ours, theirs))
-
-
-def test_a_release_cannot_make_links_into_the_store(tmp_path: Path) -> None:
-    path = tmp_path / "x.lock"
-    outputs = f'"export": "{"ab" * 32}", "export/q8_0": "{"cd" * 32}"'
-    path.write_text(f'- {{"release": 9, "outputs": {{{outputs}}}}}\n')
-    with pytest.raises(RecipeError, match="no fact"):
-        lock.read(path)

@@ -259,7 +259,7 @@ def test_without_retrain_there_are_no_releases(tmp_path: Path) -> None:
         assert release.consider(current, print) is None
         assert lock.read(current.lock_path).releases == ()
         with pytest.raises(RecipeError, match="has no `retrain:`"):
-            release.promote(current)
+            execute.promote(current, print)
 
 
 @pytest.mark.parametrize("command", ["promote", "rollback"])
@@ -439,6 +439,7 @@ def test_releases_are_read_as_they_were_written(tmp_path: Path) -> None:
         {"outputs": {"train": "short"}},
         {"outputs": {"../x": "ab" * 32}},
         {"outputs": {"/x": "ab" * 32}},
+        {"outputs": {"export": "ab" * 32, "export/q8_0": "cd" * 32}},
         {"from": 0},
         {"kept_aside": False},
         {"models": {"other": {}}},
@@ -458,6 +459,18 @@ def test_of_two_releases_with_one_number_each_side_of_a_merge_takes_the_same() -
     first = Release(1, {"train": "f" * 64})
     assert Lock(releases=(first, ours, theirs)).release == theirs
     assert Lock(releases=(theirs, first, ours)).release == theirs
+
+
+def test_of_two_releases_with_one_number_a_rollback_reaches_the_other(current: Opened) -> None:
+    considered(current, "one", report(current))
+    considered(current, "two", report(current, {"a": 1.0, "b": 1.0}))
+    locked = lock.read(current.lock_path)
+    theirs = Release(2, {**now(current).outputs, "train": kept(current, {"x": "theirs"})})
+    both = {now(current).outputs["train"], theirs.outputs["train"]}
+    lock.write(current.lock_path, locked._replace(releases=(*locked.releases, theirs)))
+    (other,) = both - {now(current).outputs["train"]}
+    release.rollback(current, 2)
+    assert now(current).outputs["train"] == other
 
 
 def test_releases_of_two_branches_join_without_a_conflict(current: Opened) -> None:
@@ -493,6 +506,21 @@ def test_the_link_leads_to_each_stage_of_the_release(current: Opened) -> None:
     assert {stage: link(current, stage) for stage in first} == first
     considered(current, "two", report(current, {"a": 9.0}))
     assert {stage: link(current, stage) for stage in first} == first
+
+
+def test_the_link_is_whole_again_when_an_output_is_back(current: Opened) -> None:
+    considered(current, "one", report(current))
+    model = store.path_of(current.workspace, now(current).outputs["train"])
+    away = model.rename(model.with_name("away"))
+    shutil.rmtree(current.links / f"{(current.links / 'current').readlink()}")
+    assert not release.is_settled(current)
+    release.consider(current, print)
+    assert not (current.links / "current" / "train").exists()
+    assert release.is_settled(current)
+    away.rename(model)
+    assert not release.is_settled(current)
+    release.consider(current, print)
+    assert link(current) == now(current).outputs["train"]
 
 
 def test_the_link_always_leads_to_a_whole_release(

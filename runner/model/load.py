@@ -10,7 +10,6 @@ import io
 import json
 import logging
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -37,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 from runner import disk
 from runner.errors import PreconditionError, RunnerError
 from runner.model import families, gguf_header
+from runner.model.source import named_in
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["cuda", "mps", "cpu"]
@@ -182,7 +182,7 @@ def _check_folder(folder: Path) -> None:
         )
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        named = _named_in(index)
+        named = named_in(index)
         missing = sorted(name for name in named if not (folder / name).is_file())
         if missing:
             raise PreconditionError(
@@ -195,25 +195,6 @@ def _check_folder(folder: Path) -> None:
             f"the base model {folder} has no tokenizer files",
             hint=f"one of {', '.join(_TOKENIZER_FILES)} has to be beside config.json",
         )
-
-
-def _named_in(index: Path) -> set[str]:
-    """The weight files that the index names; none of them is outside of its folder."""
-    try:
-        named = json.loads(index.read_bytes())["weight_map"].values()
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise PreconditionError(
-            f"{index} does not say which weight files there are: {type(error).__name__}: "
-            f"{str(error)[:200]}",
-            hint="the model is damaged; get it again",
-        ) from error
-    for name in named:
-        if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\:\0]", name):
-            raise PreconditionError(
-                f"{index} names {repr(name)[:80]}, which is no file beside it",
-                hint="get the model again, from somebody that you trust",
-            )
-    return set(named)
 
 
 def _converted(source: Path, cache: Path) -> Path:

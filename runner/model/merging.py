@@ -23,6 +23,7 @@ from torch import Tensor
 
 from runner import disk
 from runner.errors import PreconditionError, RunnerError
+from runner.model import source
 
 MAX_SHARD_BYTES = 5_000_000_000
 """As Hugging Face's own libraries cut a model."""
@@ -102,7 +103,7 @@ def stored(folder: Path) -> Mapping[str, Stored]:
     Raises PreconditionError where a header does not describe its file exactly.
     """
     found: dict[str, Stored] = {}
-    for path in _files(folder):
+    for path in source.weight_files(folder):
         for name, tensor in _of_file(path).items():
             if name in found:
                 raise _damaged(path, f"{name!r} is in {found[name].file.name} too")
@@ -165,21 +166,6 @@ def write_config(folder: Path, output: Path, dtype: str) -> None:
             part["dtype"] = dtype
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (output / "config.json").write_text(text, encoding="utf-8")
-
-
-def _files(folder: Path) -> list[Path]:
-    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if whole.is_file():
-        return [whole]
-    if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
-    try:
-        named = set(json.loads(index.read_bytes())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(index, f"it does not say which files there are ({error})") from error
-    if any(not isinstance(name, str) or Path(name).name != name for name in named):
-        raise _damaged(index, "it names files outside of its folder")
-    return [folder / name for name in sorted(named)]
 
 
 def _of_file(path: Path) -> dict[str, Stored]:

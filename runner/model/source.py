@@ -6,6 +6,7 @@ package, or `owner/name` for a model of the Hugging Face hub, which the lockfile
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -41,6 +42,20 @@ def path_of(spec: str, root: Path) -> Path:
     )
 
 
+def name_of(spec: str) -> str:
+    """The name in a `base_model`, without the folders of this machine; `owner/name` stays, which
+    may be a folder too."""
+    if HUB_ID.match(spec) and not spec.endswith(".gguf"):
+        return spec
+    return spec.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+
+
+def called(name: str, path: Path) -> str:
+    """How files call the base model of that name at `path`: `owner/name` only from the hub."""
+    from_hub = "models--" + name.replace("/", "--") in path.parts
+    return name if from_hub else name.rpartition("/")[2]
+
+
 def model_files(path: Path) -> list[Path]:
     """The files that make the model what it is."""
     if path.is_file():
@@ -52,6 +67,35 @@ def model_files(path: Path) -> list[Path]:
             hint="give the folder that holds config.json, tokenizer files and *.safetensors",
         )
     return sorted(found)
+
+
+def named_in(index: Path) -> set[str]:
+    """The weight files that the index names; none of them is outside of its folder."""
+    try:
+        named = json.loads(index.read_bytes())["weight_map"].values()
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise PreconditionError(
+            f"{index} does not say which weight files there are: {type(error).__name__}: "
+            f"{str(error)[:200]}",
+            hint="the model is damaged; get it again",
+        ) from error
+    for name in named:
+        if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\:\0]", name):
+            raise PreconditionError(
+                f"{index} names {repr(name)[:80]}, which is no file beside it",
+                hint="get the model again, from somebody that you trust",
+            )
+    return set(named)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model's weights; others, like an original format, may lie beside."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        return [folder / name for name in sorted(named_in(index))]
+    return sorted(folder.glob("*.safetensors"))
 
 
 def latest_commit(hub_id: str) -> str:

@@ -201,7 +201,9 @@ def _of_folder(files: _Files) -> Weights:
     sizes = {path: size for path, size, _ in files}
     folder = next(path.parent for path in sizes if path.name == "config.json")
     config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
-    named = [item for shard in _shards(folder) for item in _header(shard)] or list(_shapes(config))
+    named = [item for shard in source.weight_files(folder) for item in _header(shard)] or list(
+        _shapes(config)
+    )
     beside = sum(sizes[path] for path in sizes if path.suffix != ".safetensors")
     vocabulary = sizes.get(folder / "tokenizer.json", beside)
     return _of_named(config, named, beside, round(_VOCABULARY_SHARE * vocabulary))
@@ -236,17 +238,6 @@ def _of_named(
         beside_bytes=beside_bytes,
         vocabulary_bytes=vocabulary_bytes,
     )
-
-
-def _shards(folder: Path) -> list[Path]:
-    """The files that hold the weights; others, like an original format, may lie beside them."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    if index.is_file():
-        named = set(json.loads(index.read_bytes())["weight_map"].values())
-        return sorted(folder / name for name in named)
-    return sorted(folder.glob("*.safetensors"))
 
 
 def _header(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:

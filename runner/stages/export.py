@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from runner import disk
 from runner.model.gguf_types import WITH_IMPORTANCE, Level
-from runner.model.source import HUB_ID
+from runner.model.source import called, name_of
 from runner.stages.stage import (
     Dirs,
     Metrics,
@@ -99,7 +99,7 @@ class Export(Stage):
     def units(self, maker: Stage | None, base_model: str | None) -> tuple[Unit, ...]:
         merged = self.merged if isinstance(self.merged, Merged) else Merged()
         method = getattr(maker, "method", None)
-        base = _name_of(base_model or "")
+        base = name_of(base_model or "")
         parts: list[Unit] = []
         if self.adapter and method != "full":
             parts.append(Unit("adapter", AdapterFiles(stage="export/adapter", base=base)))
@@ -149,13 +149,6 @@ def smallest(levels: tuple[Level, ...]) -> Level:
     return max(levels, key=get_args(Level).index)
 
 
-def _name_of(base_model: str) -> str:
-    """How files call the base model: as the hub does, or without the folders of this machine."""
-    if HUB_ID.match(base_model) and not base_model.endswith(".gguf"):
-        return base_model
-    return base_model.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
-
-
 class _Form(Stage):
     """One form of the model. It never stands in a recipe: `Export.units` makes it."""
 
@@ -179,6 +172,7 @@ class AdapterFiles(_Form):
     libraries = ()
     reads = ("model",)
     writes = "adapter"
+    uses_base_model = True
     own_process = False
 
     def writes_bytes(self, sizes: Sizes) -> tuple[Written, ...]:
@@ -191,7 +185,7 @@ class AdapterFiles(_Form):
         output.mkdir()
         shutil.copyfile(model / ADAPTER_WEIGHTS, output / ADAPTER_WEIGHTS)
         config = json.loads((model / ADAPTER_CONFIG).read_bytes())
-        config["base_model_name_or_path"] = self.base
+        config["base_model_name_or_path"] = called(self.base, dirs.base)
         text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
         (output / ADAPTER_CONFIG).write_text(text, encoding="utf-8", newline="\n")
         return {}
@@ -286,7 +280,7 @@ class Unquantised(_Form):
         about = gguf.About(
             author=self.author,
             licence=self.licence or card.licence(dirs.base),
-            base_model=self.base,
+            base_model=called(self.base, dirs.base),
         )
         target = dirs.output / UNQUANTISED
         export.unquantised(dirs.inputs["merged"] / "merged", target, name=dirs.recipe, about=about)
@@ -411,8 +405,10 @@ class Card(_Form):
         known = learned.read(model)
         text = card.text(
             name=dirs.recipe,
-            base_model=self.base,
-            licence=self.licence or card.licence(dirs.base),
+            base_model=called(self.base, dirs.base),
+            author=self.author,
+            licence=self.licence,
+            base_licence=card.licence(dirs.base),
             method=self.method,
             steps=steps,
             conversations=len(known.train) if known else None,

@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 from runner import disk
 from runner.engine import execute, lock, opened, plan, store
@@ -17,7 +17,7 @@ from runner.engine.opened import Opened
 from runner.engine.recipe import CURRENT
 from runner.engine.words import did_you_mean, shown
 from runner.errors import PreconditionError, RecipeError, RunnerError
-from runner.model import source
+from runner.model import source, weights
 from runner.model.gguf_types import WITH_IMPORTANCE, Level
 from runner.stages.export import ADAPTER_CONFIG, PARITY
 
@@ -95,6 +95,10 @@ def of_folder(
         work = Path(made)
         whole = load.base_folder(model, work) if not adapter.is_adapter(model) else None
         under = whole or load.base_folder(_base(model, base), work)
+        if sizes := weights.read(under):
+            merged = sizes.folder_bytes(2) if whole is None else 0
+            files = sum(sizes.gguf_bytes(cast("Level", level)) for level in ("bf16", *levels))
+            disk.check_room(to, merged + files)
         export.say_what_was_lost(_base(model, base) if whole is None else model, tell)
         reference = work / "reference"
         asked.write_reference(
@@ -116,7 +120,9 @@ def of_folder(
         for level in levels:
             file = work / f"{name}-{level}.gguf"
             matrix = importance.read(measured) if level in WITH_IMPORTANCE else None
-            gguf.quantize(unquantised, file, _level(level), lambda _done, _total: None, matrix)
+            gguf.quantize(
+                unquantised, file, cast("Level", level), lambda _done, _total: None, matrix
+            )
             found = parity.check_gguf(file, reference, level, emit=tell)
             parity.require(found, level)
             target = to / file.name
@@ -231,8 +237,3 @@ def _copied(file: Path, target: Path) -> Path:
     with disk.being_written(target) as beside:
         shutil.copyfile(file, beside)
     return target
-
-
-def _level(level: str) -> Any:
-    """One that `check_levels` has let pass."""
-    return level
